@@ -1,0 +1,53 @@
+"""
+The `hf-mlopt` command. Every module in this folder is a verb: it has `HELP` (one line), `add_arguments(parser)` and
+`run(args) -> int | None`, and imports whatever is heavy inside `run`.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .. import __doc__ as package_summary
+from .. import __version__
+from ..errors import InputError
+
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one verb.
+
+    Args:
+        argv (`list[str]`, *optional*): The words after `hf-mlopt`; those of the process by default.
+
+    Returns:
+        `int`: The exit status: 0 on success, 2 for input that is refused, 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = _make_parser(argv).parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except InputError as error:
+        print(f"hf-mlopt {args.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hf-mlopt {args.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _make_parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-mlopt", description=package_summary)
+    parser.add_argument("--version", action="version", version=f"hf-mlopt {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = sorted(module.name for module in iter_modules(__path__))
+    # A verb that is named needs none of the others: its start does not wait for their imports.
+    for verb in argv[:1] if argv and argv[0] in verbs else verbs:
+        module = import_module(f"{__name__}.{verb}")
+        # Abbreviated options would change their meaning whenever an option is added.
+        verb_parser = subparsers.add_parser(verb, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        module.add_arguments(verb_parser)
+        verb_parser.set_defaults(run=module.run)
+    return parser

@@ -1,0 +1,29 @@
+"""Runs single experts on tokens the router did not send to them."""
+
+# T tokens   H hidden   I expert intermediate
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_mlopt.moe.layers import MoELayer
+from hf_mlopt.moe.observation import capture_intermediate, delegate_name
+
+
+@torch.no_grad()
+def intermediate_on_all_tokens(layer: MoELayer, hidden_TH: torch.Tensor, expert: int) -> torch.Tensor:
+    """Input of the expert's down projection if it were given every token, `[tokens, intermediate]`."""
+    if layer.is_fused:
+        index_T1 = torch.full((len(hidden_TH), 1), expert, device=hidden_TH.device)
+        weight_T1 = torch.ones(len(hidden_TH), 1, dtype=hidden_TH.dtype, device=hidden_TH.device)
+        with capture_intermediate(layer.experts) as captured:
+            ALL_EXPERTS_FUNCTIONS[delegate_name(layer)](layer.experts, hidden_TH, index_T1, weight_T1)
+        return captured[0]
+    down = next(name for name, reads in layer.projections.items() if reads == "intermediate")
+    captured = []
+    module = layer.experts[expert]
+    handle = getattr(module, down).register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
+    try:
+        module(hidden_TH)
+    finally:
+        handle.remove()
+    return captured[0]

@@ -1,0 +1,132 @@
+"""
+Observes what flows through the experts of a model without changing a bit of its output.
+
+The experts implementation is switched, through transformers' registry, to a function that delegates to the one that
+was active and hands the routed tokens to an observer.
+"""
+
+# T tokens   H hidden   K experts per token   S slots = T * K   I expert intermediate   E experts
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_mlopt.errors import InputError
+from hf_mlopt.moe.layers import MoELayer, moe_layers
+from hf_mlopt.moe.module_list import observe_module_list
+from hf_mlopt.moe.routed_tokens import Observation, Observer, RoutedTokens
+
+
+# An eager body hides the input of `down_proj`, so an eager model is observed through batched_mm.
+_DELEGATES = {"grouped_mm": "grouped_mm", "batched_mm": "batched_mm", "eager": "batched_mm"}
+
+
+@contextmanager
+def observe(model: nn.Module, observer: Observer) -> Iterator[Observation]:
+    """
+    Calls `observer(layer, routed_tokens)` at every forward pass of every mixture-of-experts layer of `model`.
+
+    Logits are bit-identical to those without observation (a model that runs `eager` is observed through `batched_mm`
+    and is bit-identical to that). Whatever implementation was active is restored, also after an exception. Tokens that
+    a 2-D `attention_mask` excludes are marked in `RoutedTokens.token_mask_T`.
+
+    Raises:
+        InputError: If the model has no mixture of experts that is understood, or runs an experts implementation that
+            cannot be observed.
+    """
+    with observe_layers(moe_layers(model), observer) as observation:
+        handle = model.register_forward_pre_hook(observation.note_padding, with_kwargs=True)
+        try:
+            yield observation
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def observe_layers(layers: list[MoELayer], observer: Observer) -> Iterator[Observation]:
+    """Like `observe`, for given layers, whose decoder layers the caller runs; padding is the caller's to note."""
+    fused = {layer.experts: layer for layer in layers if layer.is_fused}
+    delegates = {experts: delegate_name(layer) for experts, layer in fused.items()}
+    observation = Observation("+".join(sorted(set(delegates.values()))) or "module_list")
+
+    def observed(experts, hidden_TH, topk_index_TK, topk_weight_TK):
+        with capture_intermediate(experts) as captured:
+            output_TH = ALL_EXPERTS_FUNCTIONS[delegates[experts]](experts, hidden_TH, topk_index_TK, topk_weight_TK)
+        slots = slot_order(delegates[experts], topk_index_TK, topk_weight_TK)
+        mask_T = observation.token_mask
+        routed = RoutedTokens(hidden_TH, topk_index_TK, topk_weight_TK, *slots, captured[0], mask_T)
+        observer(fused[experts], routed)
+        return output_TH
+
+    with ExitStack() as stack:
+        stack.enter_context(_switched(list(fused), observed))
+        for layer in layers:
+            if not layer.is_fused:
+                stack.enter_context(observe_module_list(layer, observer, observation))
+        yield observation
+
+
+def delegate_name(layer: MoELayer) -> str:
+    """The registered implementation that an observed layer runs on."""
+    active = layer.experts.config._experts_implementation
+    if active not in _DELEGATES:
+        raise InputError(
+            f"{layer.name}: experts implementation {active!r} cannot be observed; call "
+            'model.set_experts_implementation("grouped_mm") first.'
+        )
+    return _DELEGATES[active]
+
+
+def slot_order(implementation: str, topk_index_TK: torch.Tensor, topk_weight_TK: torch.Tensor):
+    """Expert, token and gate of every row the implementation computes, in its order: `(expert_S, token_S, gate_S)`."""
+    expert_S, gate_S = topk_index_TK.reshape(-1), topk_weight_TK.reshape(-1)
+    if implementation == "grouped_mm":
+        expert_S, order_S = torch.sort(expert_S)
+        gate_S = gate_S[order_S]
+    else:
+        order_S = torch.arange(expert_S.numel(), device=expert_S.device)
+    return expert_S, order_S // topk_index_TK.shape[-1], gate_S
+
+
+@contextmanager
+def capture_intermediate(experts: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects the input of `down_proj`, `[slots, intermediate]`, of the forward passes made inside the context."""
+    captured: list[torch.Tensor] = []
+    if not experts.has_gate:
+        handle = experts.act_fn.register_forward_hook(lambda _module, _args, output: captured.append(output))
+        try:
+            yield captured
+        finally:
+            handle.remove()
+        return
+    apply_gate = experts._apply_gate
+
+    def recording(gate_up_SJ: torch.Tensor) -> torch.Tensor:
+        captured.append(apply_gate(gate_up_SJ))
+        return captured[-1]
+
+    experts._apply_gate = recording  # shadows the class's method on this instance only
+    try:
+        yield captured
+    finally:
+        del experts._apply_gate
+
+
+@contextmanager
+def _switched(modules: list[nn.Module], function: Callable) -> Iterator[None]:
+    """Runs the given experts through `function`, by name through the registry, and restores what was there."""
+    configs = {id(module.config): module.config for module in modules}.values()
+    before = [(config, config._experts_implementation) for config in configs]
+    name = f"hf_mlopt_observe_{id(function)}"
+    ALL_EXPERTS_FUNCTIONS[name] = function
+    try:
+        for config in configs:
+            config._experts_implementation = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+        del ALL_EXPERTS_FUNCTIONS[name]

@@ -1,0 +1,88 @@
+"""What to prune, by which score, in which pattern."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_mlopt.errors import ConfigurationError
+
+
+Method = Literal["moe-pruner", "wanda", "magnitude", "ria", "sparsegpt", "sparsegpt-gated"]
+
+
+@dataclass
+class PruningConfig:
+    """
+    One-shot pruning of a mixture of experts.
+
+    Args:
+        method (`str`, *optional*, defaults to `"moe-pruner"`): Score that decides which weights go.
+        sparsity (`float`, *optional*): Fraction of every output row to remove, in [0, 1). Give this or `pattern`.
+        pattern (`str`, *optional*): N:M pattern such as `2:4`, N weights kept of every M consecutive inputs.
+        scope (`str`, *optional*, defaults to `"experts"`): `experts` prunes the routed experts, `all-linear` also
+            attention, shared experts and dense MLPs. Router, embeddings and head are never pruned.
+        propagate (`str`, *optional*, defaults to `"pruned"`): Whether the next layer is calibrated on the output of
+            the `pruned` or of the `dense` layer.
+        gate_power (`float`, *optional*, defaults to 1.0): Power of the router weight in the gated methods. 0 ignores
+            the router, 1 is MoE-Pruner.
+        gate_normalize (`str`, *optional*, defaults to `"as_model"`): Router weights as the model uses them, or
+            `sum_to_one` over the experts of a token.
+        min_tokens (`int`, *optional*, defaults to 256): Calibration tokens below which an expert counts as not
+            covered. 0 turns the guard off.
+        on_uncovered (`str`, *optional*, defaults to `"blend"`): What to do with an expert that is not covered.
+            `blend` mixes in the statistics of the whole layer, `all_tokens` uses only those, `magnitude` ignores
+            activations, `skip` leaves the expert dense, `error` stops.
+        batch_size (`int`, *optional*, defaults to 8): Calibration sequences per forward pass.
+    """
+
+    method: Method = "moe-pruner"
+    sparsity: float | None = None
+    pattern: str | None = None
+    scope: Literal["experts", "all-linear"] = "experts"
+    propagate: Literal["pruned", "dense"] = "pruned"
+    gate_power: float = 1.0
+    gate_normalize: Literal["as_model", "sum_to_one"] = "as_model"
+    min_tokens: int = 256
+    on_uncovered: Literal["blend", "all_tokens", "magnitude", "skip", "error"] = "blend"
+    batch_size: int = 8
+
+    def __post_init__(self):
+        choices = {
+            "method": Method.__args__,
+            "scope": ("experts", "all-linear"),
+            "propagate": ("pruned", "dense"),
+            "gate_normalize": ("as_model", "sum_to_one"),
+            "on_uncovered": ("blend", "all_tokens", "magnitude", "skip", "error"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ConfigurationError(field, getattr(self, field), f"must be one of {', '.join(allowed)}")
+        if (self.sparsity is None) == (self.pattern is None):
+            given = "neither is given" if self.sparsity is None else "both are given"
+            raise ConfigurationError("sparsity", self.sparsity, f"give either sparsity or pattern, {given}")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ConfigurationError("sparsity", self.sparsity, "must be in [0, 1), e.g. 0.5")
+        if self.pattern is not None:
+            self.n_of_m  # noqa: B018  (raises when malformed)
+        if not 0 <= self.gate_power <= 16:
+            raise ConfigurationError("gate_power", self.gate_power, "must be in [0, 16]; 0 ignores the router")
+        if self.min_tokens < 0:
+            raise ConfigurationError("min_tokens", self.min_tokens, "must be at least 0; 0 turns the guard off")
+        if self.batch_size < 1:
+            raise ConfigurationError("batch_size", self.batch_size, "must be at least 1")
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """`(2, 4)` for the pattern `2:4`, None for unstructured sparsity."""
+        if self.pattern is None:
+            return None
+        found = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
+        kept, group = map(int, found.groups()) if found else (0, 0)
+        if not 0 < kept < group:
+            raise ConfigurationError("pattern", self.pattern, "must be N:M with 0 < N < M, e.g. 2:4")
+        return kept, group
+
+    @property
+    def label(self) -> str:
+        """`"50%"` or `"2:4"`."""
+        return self.pattern or f"{100 * self.sparsity:g}%"

@@ -1,0 +1,103 @@
+"""The hidden states that travel from decoder layer to decoder layer, and the arguments each layer is called with."""
+
+# B batch   S sequence   H hidden
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hf_mlopt.errors import InputError
+
+
+class LayerCalls:
+    """
+    Calls one decoder layer at a time as the model would.
+
+    The keyword arguments of a layer (masks, rotary embeddings) depend on the shape of the batch only, as batches hold
+    no padding, and may differ from layer to layer, for example between full and sliding attention.
+    """
+
+    def __init__(self):
+        self._arguments: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
+
+    def record(self, shape: torch.Size, calls: list[tuple[tuple, dict]]) -> None:
+        self._arguments[tuple(shape)] = calls
+
+    def knows(self, shape: torch.Size) -> bool:
+        return tuple(shape) in self._arguments
+
+    def __call__(self, index: int, layer: nn.Module, states_BSH: torch.Tensor) -> torch.Tensor:
+        """Output of decoder layer `index` for `states_BSH`."""
+        args, kwargs = self._arguments[tuple(states_BSH.shape[:2])][index]
+        args, kwargs = _to(args, states_BSH.device), _to(kwargs, states_BSH.device)
+        output = layer(states_BSH, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def capture(model: nn.Module, layers: nn.ModuleList, batches: list[torch.Tensor], device: torch.device):
+    """
+    Embeds the batches and records how the model calls its decoder layers.
+
+    Args:
+        model (`nn.Module`): The model, in evaluation mode.
+        layers (`nn.ModuleList`): Its decoder layers.
+        batches (`list[torch.Tensor]`): Token ids, `[batch, length]`.
+        device (`torch.device`): Where the states go.
+
+    Returns:
+        `tuple[list[torch.Tensor], LayerCalls]`: The input of the first layer for every batch, `[batch, length,
+        hidden]`, and the calls.
+    """
+    calls, states = LayerCalls(), []
+    home = model.get_input_embeddings().weight.device
+    for batch in batches:
+        if calls.knows(batch.shape):
+            # Some models scale or normalise the embedding before the first layer, so the model itself embeds.
+            recorded = _record(model, layers, batch.to(home), only_first=True)
+        else:
+            recorded = _record(model, layers, batch.to(home))
+            calls.record(batch.shape, [(args, kwargs) for _, args, kwargs in recorded])
+        states.append(recorded[0][0].to(device))
+    return states, calls
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has given what it was run for."""
+
+
+@torch.no_grad()
+def _record(model, layers, batch, only_first=False) -> list[tuple[torch.Tensor, tuple, dict]]:
+    """What every decoder layer is called with, the layers themselves being passed over."""
+    for as_tuple in (False, True):  # remote code may take the first element of what a layer returns
+        recorded = []
+
+        def recorder(as_tuple=as_tuple, recorded=recorded) -> Callable:
+            def forward(hidden_BSH, *args, **kwargs):
+                recorded.append((hidden_BSH, args, kwargs))
+                if only_first:
+                    raise _Stop
+                return (hidden_BSH,) if as_tuple else hidden_BSH
+
+            return forward
+
+        for layer in layers:
+            layer.forward = recorder()  # shadows the class's method on this instance only
+        try:
+            model.base_model(input_ids=batch, use_cache=False)
+        except _Stop:
+            return recorded
+        finally:
+            for layer in layers:
+                del layer.forward
+        if len(recorded) == len(layers) and all(hidden.shape == recorded[0][0].shape for hidden, _, _ in recorded):
+            return recorded
+    raise InputError(f"{type(model).__name__} does not call its {len(layers)} decoder layers one after the other.")
+
+
+def _to(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(item, device) for item in value)
+    return {key: _to(item, device) for key, item in value.items()} if isinstance(value, dict) else value

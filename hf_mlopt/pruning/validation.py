@@ -1,0 +1,81 @@
+"""Everything that can be refused before the first forward pass. Works on a model without weights (meta device)."""
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.moe import MoELayer, decoder_layers, describes_experts, moe_layers
+from hf_mlopt.moe.layers import text_config
+from hf_mlopt.moe.observation import delegate_name
+from hf_mlopt.pruning.config import PruningConfig
+from hf_mlopt.pruning.patterns import num_pruned
+from hf_mlopt.pruning.targets import expert_targets, linear_layers
+
+
+logger = logging.get_logger(__name__)
+
+
+def validate(model: nn.Module, config: PruningConfig) -> list[MoELayer]:
+    """
+    Checks that `config` can be carried out on `model`.
+
+    Returns:
+        `list[MoELayer]`: The mixture-of-experts layers.
+
+    Raises:
+        InputError: For a dense model, an unknown layout of experts, a quantized checkpoint, or a pattern that does
+            not fit the input width of a tensor (which is named).
+    """
+    architecture = text_config(model)
+    if not describes_experts(architecture) and not _has_experts(model):
+        raise ConfigurationError(
+            "scope",
+            config.scope,
+            f"model type {getattr(architecture, 'model_type', None)!r} is a dense model, with no experts to prune",
+        )
+    layers = moe_layers(model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError("the checkpoint is quantized (quantization_config); prune the unquantized weights.")
+    for name, width, dtype in _widths(model, layers, config):
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            raise InputError(f"{name} is stored as {dtype}; prune the unquantized weights.")
+        if config.n_of_m is not None and width % config.n_of_m[1]:
+            raise ConfigurationError(
+                "pattern", config.pattern, f"{config.n_of_m[1]} does not divide the input width {width} of {name}"
+            )
+        if config.sparsity and num_pruned(config.sparsity, width) == 0:
+            raise ConfigurationError(
+                "sparsity", config.sparsity, f"removes nothing from rows of {width} inputs in {name}"
+            )
+    for layer in layers:
+        if layer.is_fused:
+            delegate_name(layer)
+    if config.sparsity == 0:
+        logger.warning("sparsity=0 removes nothing: the weights stay as they are.")
+    return layers
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Raises `InputError` naming the first parameter that holds NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        # A sum is not finite where a value is not; only then is it worth looking at each value.
+        if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any(hasattr(module, "is_transposed") or isinstance(module, nn.ModuleList) and "experts" in name
+               for name, module in model.named_modules())  # fmt: skip
+
+
+def _widths(model: nn.Module, layers: list[MoELayer], config: PruningConfig):
+    for layer in layers:
+        for target in expert_targets(layer):
+            yield target.name, target.weight_EOD.shape[-1], target.weight_EOD.dtype
+    if config.scope == "all-linear":
+        prefix, decoders = decoder_layers(model)
+        by_index = {layer.index: layer for layer in layers}
+        for index, decoder in enumerate(decoders):
+            for name, linear in linear_layers(decoder, f"{prefix}.{index}", by_index.get(index)).items():
+                yield f"{name}.weight", linear.in_features, linear.weight.dtype
