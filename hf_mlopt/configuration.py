@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from .errors import ConfigurationError, InputError
+from hf_mlopt.errors import ConfigurationError, InputError
 
 
 Config = TypeVar("Config")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from .errors import InputError
+from hf_mlopt.errors import InputError
 
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -8,9 +8,9 @@ import sys
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .. import __doc__ as package_summary
-from .. import __version__
-from ..errors import InputError
+from hf_mlopt import __doc__ as package_summary
+from hf_mlopt import __version__
+from hf_mlopt.errors import InputError
 
 
 __all__ = ["main"]

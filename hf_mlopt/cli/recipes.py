@@ -4,8 +4,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ..errors import ConfigurationError
-from ..resources import resource_dir
+from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.resources import resource_dir
 
 
 HELP = "List the recipes that come with the package, or copy them to a folder of yours."

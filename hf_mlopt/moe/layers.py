@@ -123,9 +123,11 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         )
     if not layers:
         if describes_experts(config):
+            named = next((name for name in modules if "expert" in name.rpartition(".")[2]), "no module named experts")
             raise InputError(
                 f"model type {model_type!r} has {_config_value(config, _EXPERT_COUNT_KEYS)} experts in a layout "
-                "that is not understood; understood are transformers' fused experts and a ModuleList of experts."
+                f"that is not understood ({named}); understood are transformers' fused experts and a ModuleList of "
+                "experts."
             )
         raise InputError(f"model type {model_type!r} has no mixture-of-experts layer: it is a dense model.")
     return sorted(layers, key=lambda layer: layer.index)

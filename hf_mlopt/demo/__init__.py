@@ -1,0 +1,1 @@
+"""`hf-mlopt demo`: a small mixture of experts trained, pruned and judged on this machine, without a network."""

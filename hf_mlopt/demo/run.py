@@ -1,0 +1,138 @@
+"""Trains, prunes with every method, evaluates, and leaves a table, a plot and a pruned checkpoint with its card."""
+
+import copy
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from hf_mlopt.data import CalibrationConfig, embedded_corpus, load_calibration, tokenize_corpus
+from hf_mlopt.demo.model import CONTEXT, build_model, train, train_tokenizer
+from hf_mlopt.demo.plot import plot
+from hf_mlopt.evaluation import perplexity
+from hf_mlopt.hub import check_output, environment, resolve_checkpoint, staged_output
+from hf_mlopt.pruning import METHODS, MoEPruner, PruningConfig
+from hf_mlopt.workflows.loading import load_model
+from hf_mlopt.workflows.prune import PruneRecipe, write_pruned
+
+
+_RESULTS = "results.json"
+_EMBEDDED = {"calibration": "embedded", "samples": 64, "sequence_length": CONTEXT}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much the demo does: optimizer steps, sparsities per method, and windows of held-out text."""
+
+    steps: int = 350
+    sparsities: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7)
+    methods: tuple[str, ...] = tuple(METHODS)
+    windows: int = 100
+
+
+SHORT = Budget(steps=8, sparsities=(0.5,), methods=("magnitude", "wanda", "moe-pruner"), windows=4)
+
+
+def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
+    """
+    Runs the demo and writes `output`: `dense/`, `pruned/`, `perplexity.png` and `results.json`.
+
+    Returns:
+        `dict`: What `results.json` holds: `dense` perplexity, `rows` (one a variant), `seconds`, `environment`.
+
+    Raises:
+        InputError: If `output` holds anything but an earlier demo, which is replaced.
+    """
+    started = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    earlier = (target / _RESULTS).is_file() and (target / "perplexity.png").is_file()
+    if not earlier:
+        check_output(target, 100_000_000)
+    with staged_output(target) as folder:
+        tokenizer = train_tokenizer()
+        model = build_model(tokenizer, seed)
+        print(f"training a Mixtral of {model.num_parameters() / 1e6:.1f} M parameters, {budget.steps} steps")
+        train(model, tokenizer, budget.steps, seed, str(folder / "scratch"))
+        shutil.rmtree(folder / "scratch", ignore_errors=True)
+        model.save_pretrained(folder / "dense")
+        tokenizer.save_pretrained(folder / "dense")
+
+        checkpoint = resolve_checkpoint(folder / "dense")
+        calibration = load_calibration(CalibrationConfig(**_EMBEDDED, seed=seed), tokenizer, CONTEXT)
+        held_out = tokenize_corpus(embedded_corpus("test"), tokenizer)[: CONTEXT * budget.windows]
+        dense = perplexity(load_model(checkpoint), held_out, CONTEXT).perplexity
+        rows = []
+        for config in tqdm(_variants(budget), desc="pruning and evaluating", unit="variant"):
+            pruned, row = _prune_and_judge(checkpoint, config, calibration, held_out)
+            rows.append(row)
+            if config.method == "moe-pruner" and config.sparsity == 0.5:
+                _write_checkpoint(pruned, tokenizer, checkpoint, target, folder, calibration, seed, dense, row)
+            row.pop("report")
+        plot(rows, dense, folder / "perplexity.png", f"A {model.num_parameters() / 1e6:.1f} M Mixtral, seed {seed}")
+        result = {
+            "dense": dense,
+            "rows": rows,
+            "seed": seed,
+            "seconds": time.perf_counter() - started,
+            "environment": environment(),
+        }
+        (folder / _RESULTS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if earlier:
+            shutil.rmtree(target)
+    return result
+
+
+def _variants(budget: Budget) -> list[PruningConfig]:
+    patterns = [{"sparsity": sparsity} for sparsity in budget.sparsities] + [{"pattern": "2:4"}]
+    return [PruningConfig(method=method, **pattern) for method in budget.methods for pattern in patterns]
+
+
+def _prune_and_judge(checkpoint, config, calibration, held_out):
+    """One variant: the pruned model, and its row of the table."""
+    model = load_model(checkpoint)
+    report = MoEPruner(config).prune(model, calibration.token_ids, progress=False)
+    result = perplexity(model, held_out, CONTEXT)
+    row = {
+        "method": config.method,
+        "label": config.label,
+        "sparsity": config.sparsity,
+        "perplexity": result.perplexity,
+        "achieved_sparsity": report.sparsity,
+        "seconds": report.seconds,
+        "tokens": result.tokens,
+        "report": report,
+    }
+    return model, row
+
+
+def _write_checkpoint(model, tokenizer, checkpoint, target, folder, calibration, seed, dense, row) -> None:
+    report = copy.copy(row["report"])
+    report.calibration = {**calibration.source, "sketch": calibration.sketch}
+    recipe = PruneRecipe(**_EMBEDDED, seed=seed, sparsity=0.5, model=str(target / "dense"))
+    recipe.output = str(folder / "pruned")
+    evaluation = {
+        "dataset": "pydoc_data.topics (embedded)",
+        "split": "test",
+        "window": CONTEXT,
+        "tokens": row["tokens"],
+        "dense": dense,
+        "pruned": row["perplexity"],
+    }
+    write_pruned(model, tokenizer, report, recipe, checkpoint, [evaluation])
+
+
+def table(result: dict) -> str:
+    """The 50 % and 2:4 rows beside the dense model, as text."""
+    shown = [row for row in result["rows"] if row["label"] in ("50%", "2:4")]
+    lines = [f"{'method':<16} {'pattern':>8} {'zeros':>8} {'perplexity':>11} {'change':>8} {'seconds':>8}"]
+    lines.append(f"{'dense':<16} {'':>8} {'0.0 %':>8} {result['dense']:>11.2f} {'':>8} {'':>8}")
+    for row in shown:
+        change = 100 * (row["perplexity"] / result["dense"] - 1)
+        lines.append(
+            f"{row['method']:<16} {row['label']:>8} {100 * row['achieved_sparsity']:>6.1f} % "
+            f"{row['perplexity']:>11.2f} {change:>+6.1f} % {row['seconds']:>8.2f}"
+        )
+    return "\n".join(lines)

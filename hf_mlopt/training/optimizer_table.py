@@ -1,0 +1,96 @@
+"""Optimizers by name, which `TrainingArguments(optim=...)` does not allow: its own list is closed."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_mlopt.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """
+    One row of the table.
+
+    Args:
+        name (`str`): Value of `mlopt_optim`.
+        target (`str`): `module:Class`, imported when it is used.
+        defaults (`Mapping[str, Any]`, *optional*): Keywords that differ from the class's own defaults.
+        from_arguments (`Mapping`, *optional*): Keyword to the field, or the tuple of fields, of `TrainingArguments`
+            that holds it.
+    """
+
+    name: str
+    target: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    from_arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+
+    def load(self) -> type:
+        """Returns the optimizer class."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(import_module(module), attribute)
+
+
+_ENTRIES = (
+    OptimizerEntry(
+        "adamw",
+        "torch.optim:AdamW",
+        from_arguments={"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"},
+    ),
+    OptimizerEntry("sgd", "torch.optim:SGD"),
+)
+OPTIMIZERS = {entry.name: entry for entry in _ENTRIES}
+
+# Set through arguments of their own, which the schedule and the two weight-decay groups read.
+_OWN_FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+
+
+def optimizer_entry(name: str) -> OptimizerEntry:
+    """
+    Looks an optimizer up.
+
+    Raises:
+        ConfigurationError: If the name is unknown; the message lists the known ones.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigurationError("mlopt_optim", name, f"must be one of {', '.join(sorted(OPTIMIZERS))}")
+    return OPTIMIZERS[name]
+
+
+def optimizer_cls_and_kwargs(
+    name: str, optim_args: Mapping[str, Any] | None, args: TrainingArguments
+) -> tuple[type, dict[str, Any]]:
+    """
+    Resolves a name into what `Trainer(optimizer_cls_and_kwargs=...)` takes. Weight decay is absent from it: Trainer
+    sets it per parameter group, and to 0 for biases and norms.
+
+    Args:
+        name (`str`): Name in the table.
+        optim_args (`Mapping[str, Any]`, *optional*): Keywords of the optimizer; they win over the table's defaults.
+        args (`TrainingArguments`): Holds `learning_rate` and whatever the entry takes from it.
+
+    Returns:
+        `tuple[type, dict]`: The class and its keywords.
+
+    Raises:
+        ConfigurationError: If the name or a keyword is unknown, or a keyword has an argument of its own.
+    """
+    entry = optimizer_entry(name)
+    optimizer_cls = entry.load()
+    allowed = set(inspect.signature(optimizer_cls).parameters) - {"params", *_OWN_FIELDS}
+    for key, value in (optim_args or {}).items():
+        if key in _OWN_FIELDS:
+            raise ConfigurationError(f"mlopt_optim_args.{key}", value, f"set {_OWN_FIELDS[key]} instead")
+        if key not in allowed:
+            remedy = f"{name} takes {', '.join(sorted(allowed))}"
+            raise ConfigurationError(f"mlopt_optim_args.{key}", value, remedy)
+    from_arguments = {key: _read(args, source) for key, source in entry.from_arguments.items()}
+    return optimizer_cls, {"lr": args.learning_rate, **entry.defaults, **from_arguments, **(optim_args or {})}
+
+
+def _read(args: TrainingArguments, source: str | tuple[str, ...]):
+    return tuple(getattr(args, name) for name in source) if isinstance(source, tuple) else getattr(args, source)

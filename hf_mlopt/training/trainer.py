@@ -1,0 +1,96 @@
+"""One step over `Trainer`: the seams that the methods of this package share."""
+
+from transformers import Trainer
+
+from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.training.arguments import MLOptTrainingArguments
+from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs
+from hf_mlopt.training.rank_state import RankState, load_rank_state, save_rank_state
+from hf_mlopt.training.weights import load_converted_weights
+
+
+class MLOptTrainer(Trainer):
+    """
+    `Trainer` with optimizers by name, state that each rank keeps for itself, checkpoints that generate with a cache as
+    before, and a resume that restores fused experts.
+
+    Args:
+        model (`PreTrainedModel`, *optional*): The model; or pass `model_init`, as to `Trainer`.
+        args (`TrainingArguments`, *optional*): With [`MLOptTrainingArguments`], `mlopt_optim` names the optimizer.
+        **kwargs: Whatever `Trainer` takes.
+
+    Raises:
+        ConfigurationError: If `mlopt_optim` is given and an optimizer is passed as well.
+    """
+
+    def __init__(self, model=None, args=None, **kwargs):
+        if isinstance(args, MLOptTrainingArguments) and args.mlopt_optim is not None:
+            if kwargs.get("optimizer_cls_and_kwargs") or kwargs.get("optimizers", (None, None))[0]:
+                raise ConfigurationError("mlopt_optim", args.mlopt_optim, "leave it out when passing an optimizer")
+            kwargs["optimizer_cls_and_kwargs"] = optimizer_cls_and_kwargs(
+                args.mlopt_optim, args.mlopt_optim_args, args
+            )
+        self._rank_states: dict[str, RankState] = {}
+        self._source_use_cache = _use_cache(model)
+        super().__init__(model=model, args=args, **kwargs)
+
+    def register_rank_state(self, name: str, state: RankState) -> None:
+        """
+        Has a state saved with every checkpoint, once per rank, and restored bit-exactly on resuming.
+
+        Args:
+            name (`str`): Its key in the file.
+            state (`RankState`): An object with `state_dict` and `load_state_dict`; its tensors come back on the CPU.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+        if name in self._rank_states:
+            raise ValueError(f"a rank state named {name!r} is registered already")
+        self._rank_states[name] = state
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._source_use_cache = _use_cache(model)
+        return model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Trainer turns `use_cache` off to train; written to disk, it would slow down every later generation.
+        while_training = _use_cache(self.model)
+        _set_use_cache(self.model, self._source_use_cache)
+        try:
+            super().save_model(output_dir, _internal_call=_internal_call)
+        finally:
+            _set_use_cache(self.model, while_training)
+
+    # Trainer calls these two on every rank, with the resolved folder, and not for `save_only_model`. `on_save` would
+    # come too late: after the folder is pushed, and never for the checkpoint of a job that is being preempted.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_rank_state(self._rank_states, output_dir, self.args.process_index, self.args.world_size)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_rank_state(self._rank_states, checkpoint, self.args.process_index, self.args.world_size)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled or not load_converted_weights(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_sharded or not load_converted_weights(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+
+def _use_cache(model) -> bool | None:
+    return getattr(getattr(model, "config", None), "use_cache", None)
+
+
+def _set_use_cache(model, value: bool | None) -> None:
+    config = getattr(model, "config", None)
+    if value is not None:
+        config.use_cache = value
+    elif hasattr(config, "use_cache"):  # the source had none: Trainer added it
+        del config.use_cache

@@ -1,0 +1,54 @@
+"""Loading models and tokenizers with errors a user can act on."""
+
+from typing import TYPE_CHECKING
+
+from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.hub import Checkpoint, hub_errors
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of a checkpoint, or None where it has none."""
+    from transformers import AutoTokenizer
+
+    if not any(checkpoint.directory.glob("tokenizer*")) and not any(checkpoint.directory.glob("vocab*")):
+        return None
+    with hub_errors(checkpoint.name):
+        return AutoTokenizer.from_pretrained(
+            checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
+        )
+
+
+def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """The model of a checkpoint, in the dtype it is stored in, in evaluation mode, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    with hub_errors(checkpoint.name):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.name, revision=checkpoint.revision, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    return model.eval()
+
+
+def context_length(config) -> int | None:
+    """Tokens the model was made for, where its configuration says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def choose_device(device: str) -> "torch.device":
+    """The device a user asked for; `auto` is the first accelerator, else the CPU."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigurationError("device", device, "must be auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError("device", device, f"this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen

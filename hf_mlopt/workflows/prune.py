@@ -1,0 +1,158 @@
+"""`hf-mlopt prune`: reads a checkpoint, prunes it in memory, writes it with its recipe, report and card."""
+
+import shlex
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from hf_mlopt import __version__
+from hf_mlopt.configuration import save_yaml
+from hf_mlopt.data.calibration import CalibrationConfig, load_calibration
+from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.hub import Checkpoint, check_output, pruning_card, resolve_checkpoint, save_checkpoint
+from hf_mlopt.pruning.config import PruningConfig
+from hf_mlopt.workflows.loading import choose_device, context_length, load_model, load_tokenizer
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hf_mlopt.pruning import PruningReport
+
+
+@dataclass
+class PruneRecipe(PruningConfig, CalibrationConfig):
+    """
+    Everything one run of `hf-mlopt prune` is given; the keys of a recipe.
+
+    Args:
+        model (`str`): Local directory or Hub id of the checkpoint to prune.
+        output (`str`): Directory to write; must be absent or empty.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        device (`str`, *optional*, defaults to `"auto"`): Where layers are run, one at a time. `auto` is the first
+            GPU, else the CPU.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run modeling code of the checkpoint.
+    """
+
+    model: str | None = None
+    output: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        PruningConfig.__post_init__(self)
+        CalibrationConfig.__post_init__(self)
+
+    @property
+    def pruning(self) -> PruningConfig:
+        """The fields of `PruningConfig` alone."""
+        return PruningConfig(**{field.name: getattr(self, field.name) for field in fields(PruningConfig)})
+
+
+def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
+    """
+    Carries out a recipe; nothing is written unless all of it succeeds.
+
+    Returns:
+        `tuple[PruningReport, Path]`: What was done, and the directory written.
+
+    Raises:
+        InputError: For anything that cannot be done, before the weights are loaded wherever that can be told.
+    """
+    for name in ("model", "output"):
+        if not getattr(recipe, name):
+            raise ConfigurationError(name, getattr(recipe, name), "is needed, on the command line or in the recipe")
+    checkpoint = resolve_checkpoint(recipe.model, recipe.revision)
+    check_output(recipe.output, checkpoint.weight_bytes or 0)
+    device = choose_device(recipe.device)
+    config = _check_architecture(checkpoint, recipe)
+    tokenizer = load_tokenizer(checkpoint, recipe.trust_remote_code)
+
+    from hf_mlopt.pruning import METHODS, MoEPruner
+
+    calibration = None
+    if METHODS[recipe.method].calibrated:
+        calibration = load_calibration(recipe, tokenizer, context_length(config))
+    model = load_model(checkpoint, recipe.trust_remote_code)
+    report = MoEPruner(recipe.pruning).prune(model, calibration and calibration.token_ids, device=device)
+    if calibration is not None:
+        report.calibration = {**calibration.source, "sketch": calibration.sketch}
+    return report, write_pruned(model, tokenizer, report, recipe, checkpoint)
+
+
+def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Checkpoint, evaluation=None) -> "Path":
+    """
+    Writes a pruned model as an ordinary checkpoint with `recipe.yaml`, `pruning_report.json` and a card.
+
+    Args:
+        model, tokenizer, report: What was pruned, and how.
+        recipe (`PruneRecipe`): What re-runs it.
+        checkpoint (`Checkpoint`): The original.
+        evaluation (`list[dict]`, *optional*): Perplexities measured in this run, for report and card.
+
+    Returns:
+        `Path`: The directory written.
+    """
+    from hf_mlopt.hub import environment, model_provenance
+
+    report.environment = environment()
+    report.model = model_provenance(model)
+    record = report.to_dict() | ({"evaluation": evaluation} if evaluation else {})
+    recipe.revision = recipe.revision or checkpoint.revision
+    output, recipe.output = recipe.output, None  # whoever re-runs the recipe names a directory of their own
+    card = pruning_card(record, output, command=_command(recipe), license=checkpoint.license)
+    provenance = {
+        key: record[key] for key in ("method", "sparsity", "pattern", "scope") if record[key] is not None
+    } | {"version": __version__, "base_model": report.model.get("source"), "revision": report.model.get("revision")}
+    return save_checkpoint(
+        model,
+        tokenizer,
+        output,
+        provenance=provenance,
+        files={
+            "README.md": card,
+            "recipe.yaml": lambda path: save_yaml(recipe, path),
+            "pruning_report.json": lambda path: _save_json(record, path),
+        },
+        source=checkpoint.directory,
+    )
+
+
+def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
+    """Builds the model without weights and refuses what cannot be pruned; returns its configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from hf_mlopt.errors import InputError
+    from hf_mlopt.hub import hub_errors
+    from hf_mlopt.pruning import validate
+
+    with hub_errors(checkpoint.name):
+        try:
+            config = AutoConfig.from_pretrained(
+                checkpoint.name, revision=checkpoint.revision, trust_remote_code=recipe.trust_remote_code
+            )
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+        except ValueError as error:  # an architecture that this version of transformers does not know
+            raise InputError(f"model={checkpoint.name!r}: {error}") from None
+    validate(skeleton, recipe.pruning)
+    return config
+
+
+def _command(recipe: PruneRecipe) -> str:
+    """The command line that repeats a recipe; fields at their defaults are left out."""
+    words = ["hf-mlopt", "prune", str(recipe.model), "--output", "DIR"]
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        if field.name in ("model", "output") or value == field.default:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words)
+
+
+def _save_json(record: dict, path: "Path") -> None:
+    import json
+
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

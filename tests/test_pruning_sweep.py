@@ -1,0 +1,408 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_mlopt.moe import decoder_layers, moe_layers
+from hf_mlopt.pruning import MoEPruner, PruningConfig, validation
+from hf_mlopt.pruning.states import capture
+from hf_mlopt.pruning.sweep import InMemory, sweep
+from tests.families import ALL_FAMILIES, make_family, token_ids
+from tests.reference import pruning as reference
+
+
+METHODS = ("moe-pruner", "wanda", "magnitude", "ria", "sparsegpt", "sparsegpt-gated")
+# `make_family` leaves no weight at zero, so every zero was put there by pruning.
+ROUTED = r"\.experts\."
+
+
+def prune(model, ids=None, **settings):
+    settings = {"min_tokens": 0, **({} if "pattern" in settings else {"sparsity": 0.5}), **settings}
+    return MoEPruner(PruningConfig(**settings)).prune(model, token_ids() if ids is None else ids, progress=False)
+
+
+def snapshot(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def expert_matrices(model):
+    for layer in moe_layers(model):
+        for projection in layer.projections:
+            for expert in range(layer.num_experts):
+                yield f"{layer.name}.{projection}[{expert}]", layer.weight(expert, projection)
+
+
+def assert_pattern(name, matrix, sparsity=None, pattern=None):
+    zeros = matrix == 0
+    if pattern is None:
+        assert (zeros.sum(dim=-1) == int(sparsity * matrix.shape[-1])).all(), name
+    else:
+        kept, group = map(int, pattern.split(":"))
+        assert (zeros.unflatten(-1, (-1, group)).sum(dim=-1) == group - kept).all(), name
+
+
+PATTERNS = ({"sparsity": 0.5}, {"pattern": "2:4"})
+
+
+@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_experts_scope_zeroes_the_experts_and_nothing_else(name, settings):
+    model = make_family(name)
+    before = snapshot(model)
+    report = prune(model, **settings)
+    for matrix_name, matrix in expert_matrices(model):
+        assert_pattern(matrix_name, matrix, **settings)
+    for key, value in model.state_dict().items():
+        if not re.search(ROUTED, key) or key.endswith("_bias"):
+            assert torch.equal(value, before[key]), key
+        else:
+            assert torch.equal(value[value != 0], before[key][value != 0]), key  # survivors keep their value
+    assert report.sparsity == 0.5
+    assert {layer.name for layer in report.layers} == {layer.name for layer in moe_layers(model)}
+    assert {t["sparsity"] for layer in report.layers for t in layer.tensors} == {0.5}
+
+
+# What `all-linear` prunes besides the routed experts, by family; everything else stays.
+ATTENTION = r"self_attn\.(q|k|v|o)_proj\.weight"
+LATENT_ATTENTION = r"self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight"
+SHARED = r"shared_experts?\.(gate|up|down)_proj\.weight"
+DENSE_MLP = r"layers\.0\.mlp\.(gate|up|down)_proj\.weight"
+ALL_LINEAR = {
+    **dict.fromkeys(ALL_FAMILIES, ATTENTION),
+    "qwen2_moe": f"{ATTENTION}|{SHARED}",
+    "glm4_moe": f"{ATTENTION}|{SHARED}",
+    "deepseek_v2": f"{LATENT_ATTENTION}|{SHARED}|{DENSE_MLP}",
+    "deepseek_v3": f"{LATENT_ATTENTION}|{SHARED}|{DENSE_MLP}",
+}
+
+
+@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_all_linear_scope_never_touches_router_embedding_norm_and_head(name, settings):
+    model = make_family(name)
+    before = snapshot(model)
+    report = prune(model, scope="all-linear", **settings)
+    for matrix_name, matrix in expert_matrices(model):
+        assert_pattern(matrix_name, matrix, **settings)
+    pruned = set()
+    for key, value in model.state_dict().items():
+        if re.search(ALL_LINEAR[name], key):
+            pruned.add(key)
+            assert_pattern(key, value, **settings)
+        elif not re.search(ROUTED, key):
+            assert torch.equal(value, before[key]), key
+    assert len(pruned) >= 4 * model.config.num_hidden_layers
+    named = {tensor["name"] for layer in report.layers for tensor in layer.tensors}
+    assert pruned == {key for key in named if not re.search(ROUTED, key)}
+    untouched = r"embed_tokens|lm_head|norm|\.mlp\.gate\.|router|shared_expert_gate"
+    assert not [key for key in named if re.search(untouched, key)]
+
+
+@pytest.mark.parametrize("settings", (*PATTERNS, {"pattern": "4:8"}, {"sparsity": 0.3}), ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ("mixtral", "gpt_oss", "module_list"))
+def test_every_method_reaches_the_pattern(name, method, settings):
+    model = make_family(name)
+    before = snapshot(model)
+    prune(model, method=method, **settings)
+    for matrix_name, matrix in expert_matrices(model):
+        assert_pattern(matrix_name, matrix, **settings)
+    updated = [key for key, value in model.state_dict().items()
+               if not torch.equal(value[value != 0], before[key][value != 0])]  # fmt: skip
+    assert bool(updated) == method.startswith("sparsegpt")
+    assert all(re.search(ROUTED, key) for key in updated)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_weights_stay_bfloat16_and_keep_the_pattern(method):
+    model = make_family("mixtral", torch.bfloat16)
+    prune(model, method=method, pattern="2:4")
+    for matrix_name, matrix in expert_matrices(model):
+        assert matrix.dtype == torch.bfloat16
+        assert_pattern(matrix_name, matrix, pattern="2:4")
+
+
+def masks(model):
+    return {name: matrix == 0 for name, matrix in expert_matrices(model)}
+
+
+def same(left, right):
+    left, right = snapshot(left), snapshot(right)
+    return all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize(("gated", "plain"), [("moe-pruner", "wanda"), ("sparsegpt-gated", "sparsegpt")])
+@pytest.mark.parametrize("name", ("mixtral", "qwen2_moe", "module_list"))
+def test_gate_power_zero_ignores_the_router(name, gated, plain):
+    pruned = {}
+    for key, settings in {"zero": {"method": gated, "gate_power": 0.0}, "plain": {"method": plain},
+                          "one": {"method": gated}}.items():  # fmt: skip
+        pruned[key] = make_family(name)
+        prune(pruned[key], scope="all-linear", **settings)
+    assert same(pruned["zero"], pruned["plain"])
+    assert not same(pruned["one"], pruned["plain"])
+
+
+@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
+@pytest.mark.parametrize("constant", ("one expert", "all experts"))
+def test_constant_gate_gives_the_mask_of_wanda(constant, settings):
+    """Top-1 renormalised is 1; all of four experts chosen by a router of zeros are 1/4."""
+    pruned = []
+    for method in ("moe-pruner", "wanda"):
+        model = make_family("mixtral", num_experts_per_tok=1 if constant == "one expert" else 4)
+        if constant == "all experts":
+            for layer in moe_layers(model):
+                nn.init.zeros_(layer.router.weight)
+        prune(model, method=method, **settings)
+        pruned.append(model)
+    assert same(*pruned)
+
+
+def test_the_router_matters_otherwise():
+    models = [make_family("mixtral"), make_family("mixtral")]
+    for model, method in zip(models, ("moe-pruner", "wanda"), strict=True):
+        prune(model, method=method)
+    assert not same(*models)
+
+
+def test_sum_to_one_changes_only_gates_that_do_not_sum_to_one():
+    for name, changed in (("mixtral", False), ("phimoe", True)):
+        models = [make_family(name), make_family(name)]
+        for model, normalize in zip(models, ("as_model", "sum_to_one"), strict=True):
+            report = prune(model, gate_normalize=normalize)
+        assert same(*models) != changed
+        # 6 x 24 tokens, whose gates sum to 1 each
+        assert sum(report.layers[0].gate_mass) == pytest.approx(144, rel=1e-5)
+
+
+def plain_copy(model):
+    """gpt-oss with the layout of Mixtral: [output, input], all gate rows before all up rows."""
+
+    class Plain(type(model.model.layers[0].mlp.experts)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+            return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+    def halves(value):  # interleaved last dimension to gate, then up
+        return torch.cat([value[..., 0::2], value[..., 1::2]], dim=-1)
+
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.__class__, experts.is_transposed, experts.is_concatenated = Plain, False, True
+        gate_up = halves(experts.gate_up_proj.data).transpose(-1, -2).contiguous()
+        experts.gate_up_proj = nn.Parameter(gate_up)
+        experts.gate_up_proj_bias = nn.Parameter(halves(experts.gate_up_proj_bias.data))
+        experts.down_proj = nn.Parameter(experts.down_proj.data.transpose(-1, -2).contiguous())
+    return model
+
+
+@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
+@pytest.mark.parametrize("method", ("moe-pruner", "ria", "magnitude"))
+def test_a_transposed_interleaved_layout_gives_the_mask_of_its_plain_copy(method, settings):
+    stored, plain, ids = make_family("gpt_oss"), plain_copy(make_family("gpt_oss")), token_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(stored(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    for model in (stored, plain):
+        prune(model, ids, method=method, **settings)
+    for layer, copy in zip(moe_layers(stored), moe_layers(plain), strict=True):
+        gate_up = layer.experts.gate_up_proj == 0  # [E, H, 2I], gate and up alternate
+        rows = torch.cat([gate_up[..., 0::2], gate_up[..., 1::2]], dim=-1).transpose(-1, -2)
+        assert torch.equal(rows, copy.experts.gate_up_proj == 0)
+        assert torch.equal((layer.experts.down_proj == 0).transpose(-1, -2), copy.experts.down_proj == 0)
+
+
+@torch.no_grad()
+def last_hidden(model, ids):
+    """Output of the last decoder layer, before the final norm."""
+    found = []
+    handle = model.model.layers[-1].register_forward_hook(
+        lambda _module, _args, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    model(ids, use_cache=False)
+    handle.remove()
+    return found[0]
+
+
+def sweep_states(model, batches, **settings):
+    config = PruningConfig(sparsity=0.5, min_tokens=0, **settings)
+    prefix, layers = decoder_layers(model)
+    device = torch.device("cpu")
+    states, calls = capture(model, layers, batches, device)
+    reports = sweep(InMemory(prefix, layers, moe_layers(model), device), states, calls, config, iter)
+    return states, reports
+
+
+@pytest.mark.parametrize("propagate", ("pruned", "dense"))
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_the_states_are_those_of_the_whole_model(name, propagate):
+    """Layer by layer the sweep arrives at what the dense or the pruned model computes in one go."""
+    model, dense = make_family(name), make_family(name)
+    batches = [token_ids(2, 24), token_ids(3, 24, seed=1), token_ids(2, 16, seed=2)]
+    states, _ = sweep_states(model, batches, propagate=propagate)
+    for state, batch in zip(states, batches, strict=True):
+        expected, other = last_hidden(model, batch), last_hidden(dense, batch)
+        if propagate == "dense":
+            expected, other = other, expected
+        assert torch.equal(state, expected)
+        assert (state - other).norm() > 0.01 * state.norm()
+
+
+@torch.no_grad()
+def routed_by(model, ids, index):
+    """Tokens per expert of decoder layer `index` in the whole model."""
+    layer = next(layer for layer in moe_layers(model) if layer.index == index)
+    found = []
+    handle = layer.experts.register_forward_pre_hook(lambda _module, args: found.append(args))
+    model(ids, use_cache=False)
+    handle.remove()
+    hidden_TH, topk_index_TK, topk_weight_TK = found[0]
+    return layer, hidden_TH, topk_index_TK, topk_weight_TK
+
+
+@pytest.mark.parametrize("propagate", ("pruned", "dense"))
+def test_the_next_layer_is_calibrated_on_what_propagates(propagate):
+    ids, dense, half = token_ids(), make_family("mixtral"), make_family("mixtral")
+    prune(half, ids)
+    half.model.layers[1].load_state_dict(dense.model.layers[1].state_dict())  # only the first layer is pruned
+    counts = {}
+    for key, model in (("pruned", half), ("dense", dense)):
+        counts[key] = torch.bincount(routed_by(model, ids, 1)[2].flatten(), minlength=4).tolist()
+    assert counts["pruned"] != counts["dense"]
+    report = prune(make_family("mixtral"), ids, propagate=propagate)
+    assert report.layers[1].tokens_per_expert == counts[propagate]
+    assert sum(report.layers[1].gate_mass) == pytest.approx(ids.numel(), rel=1e-5)
+
+
+def brute_force_moments(layer, hidden_TH, topk_index_TK, topk_weight_TK, min_tokens, gate_power):
+    """Q of both inputs of every expert, blended by §3 where it saw too few tokens."""
+    everyone = [1.0] * len(hidden_TH)
+    for expert in range(layer.num_experts):
+        pairs = reference.routed_tokens(topk_index_TK, topk_weight_TK, expert)
+        gates = [g for _, g in pairs]
+        h = [reference.expert_intermediate(layer.experts, expert, x).tolist() for x in hidden_TH]
+        for X in (hidden_TH.tolist(), h):
+            Q = reference.second_moment([X[t] for t, _ in pairs], gates, gate_power)
+            if len(pairs) < min_tokens:
+                Q = reference.blend(Q, len(pairs), reference.second_moment(X, everyone), min_tokens)
+            yield Q
+
+
+SCORES = {
+    "moe-pruner": (reference.wanda_score, 1.0),
+    "wanda": (reference.wanda_score, 0.0),
+    "ria": (reference.ria_score, 0.0),
+}
+
+
+@pytest.mark.parametrize("min_tokens", (0, 70), ids=("covered", "blend"))
+@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
+@pytest.mark.parametrize("method", SCORES)
+def test_final_weights_equal_a_literal_sweep(method, settings, min_tokens):
+    """Whole-model forwards, plain loops and float64 against the sweep: every weight of both layers."""
+    ids, model, twin = token_ids(4, 32), make_family("mixtral"), make_family("mixtral")
+    report = prune(model, ids, method=method, min_tokens=min_tokens, **settings)
+    assert bool(report.uncovered) == bool(min_tokens)
+    score, gate_power = SCORES[method]
+    for index in range(2):
+        layer, *routing = routed_by(twin, ids, index)
+        moments = brute_force_moments(layer, *routing, min_tokens, gate_power)
+        removed = []
+        for expert in range(layer.num_experts):
+            for parameter in (layer.experts.gate_up_proj, layer.experts.down_proj):
+                S = score(parameter[expert].tolist(), next(moments))
+                mask = reference.mask_rows(S, 0.5) if "sparsity" in settings else reference.mask_n_of_m(S, 2, 4)
+                removed.append((parameter, expert, torch.tensor(mask)))
+        for parameter, expert, mask in removed:
+            parameter.data[expert][mask] = 0.0
+    for layer, copy in zip(moe_layers(model), moe_layers(twin), strict=True):
+        assert torch.equal(layer.experts.gate_up_proj, copy.experts.gate_up_proj)
+        assert torch.equal(layer.experts.down_proj, copy.experts.down_proj)
+
+
+@pytest.mark.parametrize("method", ("sparsegpt", "sparsegpt-gated"))
+def test_sparsegpt_in_the_first_layer_equals_its_twin(method):
+    ids, model, twin = token_ids(4, 32), make_family("mixtral"), make_family("mixtral")
+    prune(model, ids, method=method)
+    layer, hidden_TH, topk_index_TK, topk_weight_TK = routed_by(twin, ids, 0)
+    for expert in range(2):
+        pairs = reference.routed_tokens(topk_index_TK, topk_weight_TK, expert)
+        X = [hidden_TH[t].tolist() for t, _ in pairs]
+        H = reference.full_second_moment(X, [g for _, g in pairs], 1.0 if method == "sparsegpt-gated" else 0.0)
+        W, removed = reference.sparsegpt(layer.experts.gate_up_proj[expert].data, H, p=0.5)
+        pruned = model.model.layers[0].mlp.experts.gate_up_proj[expert].data
+        assert torch.equal(pruned == 0, removed)
+        torch.testing.assert_close(pruned.double(), W, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_zero_warns_and_changes_nothing(method, monkeypatch):
+    model, warnings = make_family("mixtral", torch.bfloat16), []
+    monkeypatch.setattr(validation.logger, "warning", warnings.append)
+    before = snapshot(model)
+    report = prune(model, method=method, sparsity=0.0, scope="all-linear")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert len(warnings) == 1 and "sparsity=0" in warnings[0] and report.sparsity == 0
+
+
+def test_the_same_seed_gives_the_same_weights_and_batches_hardly_matter():
+    models = [make_family("qwen3_moe") for _ in range(3)]
+    for model, batch_size in zip(models, (8, 8, 2), strict=True):
+        prune(model, batch_size=batch_size)
+    assert same(*models[:2])
+    assert all(torch.equal(mask, other) for mask, other in zip(masks(models[0]).values(), masks(models[2]).values(),
+                                                               strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ("lists", "ragged", "rows", "dataset"))
+def test_every_form_of_calibration_gives_the_same_mask(form):
+    ids = token_ids()
+    forms = {
+        "lists": lambda: ids.tolist(),
+        "ragged": lambda: [[], *ids.tolist()],
+        "rows": lambda: [{"input_ids": [*row, 2, 2], "attention_mask": [1] * len(row) + [0, 0]}
+                         for row in ids.tolist()],  # fmt: skip
+        "dataset": lambda: __import__("datasets").Dataset.from_dict({"input_ids": ids.tolist()}),
+    }
+    models = [make_family("mixtral"), make_family("mixtral")]
+    prune(models[0], ids)
+    prune(models[1], forms[form]())
+    assert same(*models)
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_training_mode_and_hooks_are_left_as_found(training):
+    model = make_family("mixtral", router_jitter_noise=0.5).train(training)
+    twin = make_family("mixtral")
+    for each in (model, twin):
+        prune(each)
+    assert model.training == training and same(model, twin)  # no jitter while calibrating
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_the_pruned_model_still_speaks():
+    model = make_family("mixtral")
+    prune(model, scope="all-linear")
+    output = model.generate(token_ids(1, 4), max_new_tokens=4, do_sample=False)
+    assert output.shape == (1, 8)
+    assert torch.isfinite(F.log_softmax(model(output).logits, dim=-1)).all()
+
+
+def test_the_report_adds_up():
+    model = make_family("deepseek_v3")
+    report = prune(model, scope="all-linear", pattern="2:4")
+    assert [layer.index for layer in report.layers] == [0, 1, 2]
+    assert report.layers[0].tokens_per_expert == []  # a dense layer
+    for layer in report.layers[1:]:
+        assert sum(layer.tokens_per_expert) == 2 * token_ids().numel()
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert report.totals["zeros"] == zeros and report.totals["parameters"] == parameters
+    assert report.totals["sparsity_of_model"] == zeros / parameters and report.sparsity == 0.5
+    assert report.experts_implementation == "grouped_mm" and report.seconds > 0 and report.peak_memory_bytes > 2**20
+    shapes = {tensor["name"]: tensor["shape"] for layer in report.layers for tensor in layer.tensors}
+    assert all(list(model.state_dict()[name].shape) == shape[-model.state_dict()[name].ndim :]
+               for name, shape in shapes.items())  # fmt: skip
