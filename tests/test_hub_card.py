@@ -129,6 +129,13 @@ def test_what_was_not_measured_is_left_out():
     assert "None" not in text
 
 
+def test_a_directory_is_shown_by_its_name_alone(tmp_path):
+    calibration = {"source": "embedded", "python": "3.11.9", "samples": 8, "sequence_length": 128}
+    text = pruning_card(changed(calibration=calibration), str(tmp_path / "pruned"))
+    assert str(tmp_path) not in text and "# pruned\n" in text and 'from_pretrained("pruned"' in text
+    assert "documentation of Python 3.11.9 (`pydoc_data.topics`)" in text
+
+
 def test_overlap_of_calibration_and_evaluation_is_told():
     row = REPORT["evaluation"][0] | {"overlap": 0.2}
     assert "20 % of the calibration text was found again" in pruning_card(changed(evaluation=[row]), "pruned")

@@ -406,3 +406,14 @@ def test_the_report_adds_up():
     shapes = {tensor["name"]: tensor["shape"] for layer in report.layers for tensor in layer.tensors}
     assert all(list(model.state_dict()[name].shape) == shape[-model.state_dict()[name].ndim :]
                for name, shape in shapes.items())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("active", "reported"), [("eager", "batched_mm"), ("batched_mm", "batched_mm"), ("grouped_mm", "grouped_mm")]
+)
+def test_the_report_names_the_implementation(active, reported):
+    model = make_family("mixtral")
+    model.set_experts_implementation(active)
+    assert prune(model).experts_implementation == reported
+    assert model.config._experts_implementation == active
+    assert prune(make_family("module_list")).experts_implementation == "module_list"

@@ -4,6 +4,7 @@ The `hf-mlopt` command. Every module in this folder is a verb: it has `HELP` (on
 """
 
 import argparse
+import logging
 import sys
 from importlib import import_module
 from pkgutil import iter_modules
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _make_parser(argv).parse_args(argv)
+    _show_messages()
     try:
         return args.run(args) or 0
     except InputError as error:
@@ -36,6 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-mlopt {args.verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _show_messages() -> None:
+    """Shows the package's info lines and warnings; a library leaves that to its caller, and here we are the caller."""
+    logger = logging.getLogger("hf_mlopt")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _make_parser(argv: list[str]) -> argparse.ArgumentParser:

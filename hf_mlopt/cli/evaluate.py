@@ -2,9 +2,9 @@
 
 import argparse
 
-from ..configuration import add_arguments as add_fields
-from ..configuration import arguments_given, load_config
-from ..workflows.evaluate import EvaluationConfig, evaluate_checkpoint
+from hf_mlopt.configuration import add_arguments as add_fields
+from hf_mlopt.configuration import arguments_given, load_config
+from hf_mlopt.workflows.evaluate import EvaluationConfig, evaluate_checkpoint
 
 
 HELP = "Measure the perplexity of a checkpoint, as the pruning papers do."

@@ -2,9 +2,9 @@
 
 import argparse
 
-from ..configuration import add_arguments as add_fields
-from ..configuration import arguments_given, load_config
-from ..workflows.prune import PruneRecipe, prune_checkpoint
+from hf_mlopt.configuration import add_arguments as add_fields
+from hf_mlopt.configuration import arguments_given, load_config
+from hf_mlopt.workflows.prune import PruneRecipe, prune_checkpoint
 
 
 HELP = "Prune the experts of a mixture-of-experts checkpoint in one shot and write the result."

@@ -3,9 +3,11 @@
 import math
 import re
 from collections import defaultdict
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from hf_mlopt.hub.provenance import is_local_name
 from hf_mlopt.resources import resource_dir
 
 
@@ -74,13 +76,14 @@ def pruning_card(report: dict, name: str, *, command: str | None = None, license
     Args:
         report (`dict`): `PruningReport.to_dict()`. Rows of its list `evaluation`, if any, hold `dataset`, `split`,
             `window`, `tokens` and the perplexities `dense` and `pruned`, both measured in this run.
-        name (`str`): Name of the pruned model, as its repository or directory is called.
+        name (`str`): Repository of the pruned model, or its directory, of which the card shows the last part.
         command (`str`, *optional*): Command that wrote it.
         license (`str`, *optional*): License of the original, as the Hub spells it.
 
     Returns:
         `str`: The text of `README.md`.
     """
+    name = Path(name).name if is_local_name(name) else name
     model, calibration = report["model"], report.get("calibration") or {}
     evaluation = report.get("evaluation") or []
     # The Hub resolves nothing but its own ids; a directory's name holds no slash.
