@@ -57,7 +57,7 @@ def test_the_update_lowers_the_error_of_the_layer(pattern):
         return (inputs_ESD @ (weight_EOD - new_EOD).transpose(1, 2)).square().sum()
 
     assert error(updated_EOD) < 0.8 * error(weight_EOD.masked_fill(pruned_EOD, 0))
-    assert error(updated_EOD) < 0.8 * error(weight_EOD.masked_fill(select(weight_EOD.abs(), *pattern), 0))
+    assert error(updated_EOD) < error(weight_EOD.masked_fill(select(weight_EOD.abs(), *pattern), 0))
 
 
 def test_the_inputs_are_left_alone_and_the_scale_of_the_moments_does_not_matter():
@@ -69,12 +69,13 @@ def test_the_inputs_are_left_alone_and_the_scale_of_the_moments_does_not_matter(
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_of_inputs_that_are_always_zero_go_first():
+def test_inputs_that_are_always_zero_lose_their_weights_first():
     weight_EOD, inputs_ESD, _ = data(32)
+    weight_EOD = weight_EOD.sign()  # among weights of one size
     dead = [3, 8, 20, 31]
     inputs_ESD[..., dead] = 0
-    _, pruned_EOD = sparsegpt(weight_EOD, inputs_ESD.transpose(1, 2) @ inputs_ESD, 0.25, None)
-    assert pruned_EOD[..., dead].all()
+    updated_EOD, pruned_EOD = sparsegpt(weight_EOD, inputs_ESD.transpose(1, 2) @ inputs_ESD, 0.25, None)
+    assert pruned_EOD[..., dead].all() and torch.isfinite(updated_EOD).all()
 
 
 def test_diagonal_moments_leave_the_survivors_as_they_are():

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
     from transformers.utils import logging
 
-    from ..demo.run import SHORT, Budget, run_demo, table
+    from hf_mlopt.demo.run import SHORT, Budget, run_demo, table
 
     logging.disable_progress_bar()  # one bar at a time, and those of single files are not it
     result = run_demo(args.output, args.seed, SHORT if args.short else Budget())

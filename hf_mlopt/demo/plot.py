@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 
 # Colour-blind safe (Okabe and Ito), with a marker each so that the lines can be told apart in grey.
-_STYLES = {
+STYLES = {
     "magnitude": ("#999999", "x"),
     "wanda": ("#0072B2", "o"),
     "ria": ("#009E73", "^"),
@@ -28,7 +28,7 @@ def plot(rows: list[dict], dense: float, path: Path, title: str) -> None:
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     lines, bars = figure.subplots(1, 2, width_ratios=(3, 2), sharey=False)
-    for method, (colour, marker) in _STYLES.items():
+    for method, (colour, marker) in STYLES.items():
         points = [(row["sparsity"], row["perplexity"]) for row in rows if row["method"] == method and row["sparsity"]]
         if points:
             x, y = zip(*sorted(points), strict=True)
@@ -40,7 +40,7 @@ def plot(rows: list[dict], dense: float, path: Path, title: str) -> None:
     lines.legend(frameon=False, fontsize=8)
     structured = [row for row in rows if row["label"] == "2:4"]
     for height, row in enumerate(structured):
-        colour, marker = _STYLES[row["method"]]
+        colour, marker = STYLES[row["method"]]
         bars.plot([dense, row["perplexity"]], [height, height], color=colour, linewidth=1)
         bars.plot(row["perplexity"], height, color=colour, marker=marker)
     bars.set_yticks(range(len(structured)), [row["method"] for row in structured])

@@ -2,11 +2,13 @@
 
 # T tokens   H hidden   I expert intermediate
 
+from contextlib import suppress
+
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_mlopt.moe.layers import MoELayer
-from hf_mlopt.moe.observation import capture_intermediate, delegate_name
+from hf_mlopt.moe.observation import SeenEnough, capture_intermediate, delegate_name
 
 
 @torch.no_grad()
@@ -15,15 +17,22 @@ def intermediate_on_all_tokens(layer: MoELayer, hidden_TH: torch.Tensor, expert:
     if layer.is_fused:
         index_T1 = torch.full((len(hidden_TH), 1), expert, device=hidden_TH.device)
         weight_T1 = torch.ones(len(hidden_TH), 1, dtype=hidden_TH.dtype, device=hidden_TH.device)
-        with capture_intermediate(layer.experts) as captured:
-            ALL_EXPERTS_FUNCTIONS[delegate_name(layer)](layer.experts, hidden_TH, index_T1, weight_T1)
+        forward = ALL_EXPERTS_FUNCTIONS[delegate_name(layer)]
+        with capture_intermediate(layer.experts, stop=True) as captured, suppress(SeenEnough):
+            forward(layer.experts, hidden_TH, index_T1, weight_T1)
         return captured[0]
     down = next(name for name, reads in layer.projections.items() if reads == "intermediate")
     captured = []
+
+    def record(_module, args):
+        captured.append(args[0])
+        raise SeenEnough
+
     module = layer.experts[expert]
-    handle = getattr(module, down).register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
+    handle = getattr(module, down).register_forward_pre_hook(record)
     try:
-        module(hidden_TH)
+        with suppress(SeenEnough):
+            module(hidden_TH)
     finally:
         handle.remove()
     return captured[0]

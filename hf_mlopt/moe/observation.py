@@ -91,24 +91,33 @@ def slot_order(implementation: str, topk_index_TK: torch.Tensor, topk_weight_TK:
     return expert_S, order_S // topk_index_TK.shape[-1], gate_S
 
 
+class SeenEnough(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
 @contextmanager
-def capture_intermediate(experts: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the input of `down_proj`, `[slots, intermediate]`, of the forward passes made inside the context."""
+def capture_intermediate(experts: nn.Module, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """
+    Collects the input of `down_proj`, `[slots, intermediate]`, of the forward passes made inside the context; with
+    `stop` each of them ends there, by `SeenEnough`.
+    """
     captured: list[torch.Tensor] = []
+
+    def record(intermediate_SI: torch.Tensor) -> torch.Tensor:
+        captured.append(intermediate_SI)
+        if stop:
+            raise SeenEnough
+        return intermediate_SI
+
     if not experts.has_gate:
-        handle = experts.act_fn.register_forward_hook(lambda _module, _args, output: captured.append(output))
+        handle = experts.act_fn.register_forward_hook(lambda _module, _args, output: record(output))
         try:
             yield captured
         finally:
             handle.remove()
         return
     apply_gate = experts._apply_gate
-
-    def recording(gate_up_SJ: torch.Tensor) -> torch.Tensor:
-        captured.append(apply_gate(gate_up_SJ))
-        return captured[-1]
-
-    experts._apply_gate = recording  # shadows the class's method on this instance only
+    experts._apply_gate = lambda gate_up_SJ: record(apply_gate(gate_up_SJ))  # shadows the method on this instance only
     try:
         yield captured
     finally:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe import decoder_layers
@@ -20,6 +21,9 @@ from hf_mlopt.pruning.scores import METHODS
 from hf_mlopt.pruning.states import LayerCalls, capture
 from hf_mlopt.pruning.sweep import InMemory, sweep
 from hf_mlopt.pruning.validation import check_finite_weights, validate
+
+
+logger = logging.get_logger(__name__)
 
 
 class MoEPruner:
@@ -61,6 +65,8 @@ class MoEPruner:
             raise InputError(f"method={self.config.method!r} needs calibration data; only magnitude does without.")
         batches = as_batches(calibration, self.config.batch_size, text_config(model)) if calibrated else []
         check_finite_weights(model)
+        if self.config.sparsity == 0:
+            logger.warning("sparsity=0 removes nothing: the weights stay as they are.")
         prefix, layers = decoder_layers(model)
         device = torch.device(device) if device is not None else next(layers.parameters()).device
         if device.type == "cuda":

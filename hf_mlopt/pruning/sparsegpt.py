@@ -3,8 +3,8 @@
 the ones that stay make up for them. With router-weighted second moments H = Σ g² x xᵀ it is gate-weighted SparseGPT.
 
 Differences from the published code: the comparison group is the output row inside a block of columns, not the block,
-so that every row has the same sparsity; inputs that were always zero need no special case, because damping makes their
-weights the cheapest of all.
+so that every row has the same sparsity; inputs that were always zero get no special case: damping makes their weights
+cheaper than others of the same size.
 """
 
 # E experts   O output features   D input features

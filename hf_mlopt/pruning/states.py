@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_mlopt.errors import InputError
+from hf_mlopt.moe.observation import SeenEnough
 
 
 class LayerCalls:
@@ -62,10 +63,6 @@ def capture(model: nn.Module, layers: nn.ModuleList, batches: list[torch.Tensor]
     return states, calls
 
 
-class _Stop(Exception):
-    """Ends a forward pass that has given what it was run for."""
-
-
 @torch.no_grad()
 def _record(model, layers, batch, only_first=False) -> list[tuple[torch.Tensor, tuple, dict]]:
     """What every decoder layer is called with, the layers themselves being passed over."""
@@ -76,7 +73,7 @@ def _record(model, layers, batch, only_first=False) -> list[tuple[torch.Tensor, 
             def forward(hidden_BSH, *args, **kwargs):
                 recorded.append((hidden_BSH, args, kwargs))
                 if only_first:
-                    raise _Stop
+                    raise SeenEnough
                 return (hidden_BSH,) if as_tuple else hidden_BSH
 
             return forward
@@ -85,7 +82,7 @@ def _record(model, layers, batch, only_first=False) -> list[tuple[torch.Tensor, 
             layer.forward = recorder()  # shadows the class's method on this instance only
         try:
             model.base_model(input_ids=batch, use_cache=False)
-        except _Stop:
+        except SeenEnough:
             return recorded
         finally:
             for layer in layers:

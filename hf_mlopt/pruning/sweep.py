@@ -8,7 +8,7 @@ and for one that streams from disk.
 # E experts   D input features
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe import MoELayer, observe_layers
 from hf_mlopt.moe.all_tokens import intermediate_on_all_tokens
+from hf_mlopt.moe.observation import SeenEnough
 from hf_mlopt.pruning.apply import prune_weights_
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.coverage import needs_all_tokens, policy, refuse_uncovered, substitute, uncovered_experts
@@ -156,12 +157,14 @@ def _all_token_moments(index, decoder, moe, states, calls, uncovered, hessian) -
             value_TI = intermediate_on_all_tokens(moe, hidden_TH, expert).float()
             total = value_TI.T @ value_TI if hessian else value_TI.square().sum(dim=0).double()
             totals[expert] = totals[expert] + total if expert in totals else total
+        raise SeenEnough
 
     watched = moe.experts if moe.is_fused else moe.router  # both are given the input of the experts
     handle = watched.register_forward_pre_hook(add)
     try:
         for state in states:
-            calls(index, decoder, state)
+            with suppress(SeenEnough):
+                calls(index, decoder, state)
     finally:
         handle.remove()
     return totals

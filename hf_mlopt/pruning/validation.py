@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.moe import MoELayer, decoder_layers, describes_experts, moe_layers
@@ -11,9 +10,6 @@ from hf_mlopt.moe.observation import delegate_name
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.patterns import num_pruned
 from hf_mlopt.pruning.targets import expert_targets, linear_layers
-
-
-logger = logging.get_logger(__name__)
 
 
 def validate(model: nn.Module, config: PruningConfig) -> list[MoELayer]:
@@ -51,8 +47,6 @@ def validate(model: nn.Module, config: PruningConfig) -> list[MoELayer]:
     for layer in layers:
         if layer.is_fused:
             delegate_name(layer)
-    if config.sparsity == 0:
-        logger.warning("sparsity=0 removes nothing: the weights stay as they are.")
     return layers
 
 

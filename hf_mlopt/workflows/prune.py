@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_mlopt import __version__
@@ -14,8 +15,6 @@ from hf_mlopt.workflows.loading import choose_device, context_length, load_model
 
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hf_mlopt.pruning import PruningReport
 
 
@@ -80,7 +79,7 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
     return report, write_pruned(model, tokenizer, report, recipe, checkpoint)
 
 
-def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Checkpoint, evaluation=None) -> "Path":
+def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Checkpoint, evaluation=None) -> Path:
     """
     Writes a pruned model as an ordinary checkpoint with `recipe.yaml`, `pruning_report.json` and a card.
 
@@ -96,11 +95,11 @@ def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Chec
     from hf_mlopt.hub import environment, model_provenance
 
     report.environment = environment()
-    report.model = model_provenance(model)
+    report.model = model_provenance(model, checkpoint.revision)
     record = report.to_dict() | ({"evaluation": evaluation} if evaluation else {})
     recipe.revision = recipe.revision or checkpoint.revision
     output, recipe.output = recipe.output, None  # whoever re-runs the recipe names a directory of their own
-    card = pruning_card(record, output, command=_command(recipe), license=checkpoint.license)
+    card = pruning_card(record, Path(output).resolve().name, command=_command(recipe), license=checkpoint.license)
     provenance = {
         key: record[key] for key in ("method", "sparsity", "pattern", "scope") if record[key] is not None
     } | {"version": __version__, "base_model": report.model.get("source"), "revision": report.model.get("revision")}
@@ -152,7 +151,7 @@ def _command(recipe: PruneRecipe) -> str:
     return shlex.join(words)
 
 
-def _save_json(record: dict, path: "Path") -> None:
+def _save_json(record: dict, path: Path) -> None:
     import json
 
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

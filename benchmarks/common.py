@@ -1,0 +1,63 @@
+"""What every benchmark shares: where data and results are, rows written as they finish, ratios taken in pairs."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hf_mlopt.hub import environment
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+SHARED = ROOT.parent / "shared" / "data"
+
+
+class Results:
+    """A JSON file that holds every finished row, also when the run is cut short."""
+
+    def __init__(self, name: str, command: str):
+        self.path = RESULTS / f"{name}.json"
+        self.record = {"command": command, "date": time.strftime("%Y-%m-%d"), "environment": environment(), "rows": []}
+
+    def add(self, **row) -> None:
+        self.record["rows"].append(row)
+        self.save()
+        print("  ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
+
+    def note(self, **facts) -> None:
+        self.record.update(facts)
+        self.save()
+        print("  ".join(f"{key}: {_short(value)}" for key, value in facts.items()), flush=True)
+
+    def save(self) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+
+
+def _short(value):
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def paired_ratio(function: Callable[[], object], baseline: Callable[[], object], pairs: int) -> dict:
+    """Times both in turn, after one warm-up of each; the ratio pair by pair, as median, minimum and maximum."""
+    function(), baseline()
+    ratios, base = [], []
+    for _ in range(pairs):
+        base.append(seconds(baseline))
+        ratios.append(seconds(function) / base[-1])
+    return {
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "pairs": pairs,
+        "baseline_seconds": statistics.median(base),
+    }
