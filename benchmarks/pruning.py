@@ -4,7 +4,7 @@ Costs and quality of pruning on the reference model.
     python benchmarks/pruning.py            # about 25 minutes on 2 cores
     python benchmarks/pruning.py --short    # under 4 minutes
 
-Costs, with 64 x 256 calibration tokens, as ratios taken in pairs: observation against the plain forward pass (claim: at most
+Costs, with 64 x 256 calibration tokens, as ratios taken in pairs: observation against the plain forward pass (at most
 1.10), the whole sweep against plain calibration passes (at most 2.6), row selection against a full sort.
 Quality: every method x {40, 50, 60, 70 %, 2:4, 4:8} x three calibration seeds x both scopes, calibrated on
 wikipedia.txt, perplexity on wikitext2-test.txt. The reference model is small and has no outlier features: the

@@ -65,6 +65,15 @@ FAMILIES = {
         "head_dim": 8,
         "first_k_dense_replace": 0,
     },
+    # Experts without a gate: down(relu(up x)^2). Attention stands in a layer of its own.
+    "nemotron_h": {
+        **_SMALL_EXPERTS,
+        "n_routed_experts": 4,
+        "head_dim": 8,
+        "layers_block_type": ["attention", "moe", "moe"],
+        "num_hidden_layers": 3,
+        "moe_shared_expert_intermediate_size": 32,
+    },
 }
 FUSED_FAMILIES = tuple(FAMILIES)
 ALL_FAMILIES = (*FUSED_FAMILIES, "module_list")

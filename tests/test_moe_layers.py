@@ -32,30 +32,36 @@ JETMOE = {
 }
 
 
-def expected_layout(name: str, model):
-    """Indices of the layers with experts, number of experts and width inside an expert, from the configuration."""
-    config = model.config
-    first = config.first_k_dense_replace if name.startswith("deepseek") else 0
-    experts = next(getattr(config, key) for key in ("num_local_experts", "n_routed_experts", "num_experts")
-                   if hasattr(config, key))  # fmt: skip
-    return list(range(first, config.num_hidden_layers)), experts, getattr(config, "moe_intermediate_size", None)
+# Decoder layers with experts, number of experts, width inside an expert, and rows that read the hidden state.
+LAYOUT = {
+    "mixtral": ([0, 1], 4, 64, 128),
+    "qwen2_moe": ([0, 1], 4, 32, 64),
+    "qwen3_moe": ([0, 1], 8, 32, 64),
+    "olmoe": ([0, 1], 8, 32, 64),
+    "deepseek_v2": ([1, 2], 8, 32, 64),
+    "deepseek_v3": ([1, 2], 8, 32, 64),
+    "phimoe": ([0, 1], 4, 64, 128),
+    "granitemoe": ([0, 1], 4, 32, 64),
+    "gpt_oss": ([0, 1], 4, 64, 128),
+    "glm4_moe": ([0, 1], 8, 32, 64),
+    "nemotron_h": ([1, 2], 4, 32, 32),
+    "module_list": ([0, 1], 4, 64, 64),
+}
 
 
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_finds_every_layer_with_its_sizes(name):
     model = make_family(name)
     layers = moe_layers(model)
-    indices, experts, width = expected_layout(name, model)
+    indices, experts, width, rows = LAYOUT[name]
     assert [layer.index for layer in layers] == indices
     assert all(layer.num_experts == experts and layer.top_k == 2 for layer in layers)
-    width = width or model.config.intermediate_size
     for layer in layers:
         assert model.get_submodule(layer.name) is layer.experts
         assert layer.input_size("hidden") == 32 and layer.input_size("intermediate") == width
         for projection, source in layer.projections.items():
             matrix = layer.weight(experts - 1, projection)
-            outputs = 32 if source == "intermediate" else (width if name == "module_list" else 2 * width)
-            assert matrix.shape == (outputs, layer.input_size(source))
+            assert matrix.shape == ((32, width) if source == "intermediate" else (rows, 32))
 
 
 @pytest.mark.parametrize("name", ALL_FAMILIES)

@@ -43,7 +43,9 @@ def assert_sums_close(left, right, rtol=1e-6):
     assert left.sums.keys() == right.sums.keys()
     for key, value in left.sums.items():
         scale = 0 if value.ndim < 2 else float(value.abs().max()) * rtol  # off-diagonal sums cancel
-        torch.testing.assert_close(value, right.sums[key], rtol=rtol, atol=scale, msg=lambda text, k=key: f"{k}: {text}")
+        torch.testing.assert_close(
+            value, right.sums[key], rtol=rtol, atol=scale, msg=lambda text, k=key: f"{k}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
@@ -77,10 +79,9 @@ def test_moments_equal_brute_force(name, gate_power, dtype):
 
 def test_the_error_against_brute_force_is_that_of_float32():
     """At most 2e-7 of the norm of Q, over 2 000 tokens."""
-    [layer], routed = moe_layers(make_family("mixtral", num_hidden_layers=1)), None
-    for routed in recorded(make_family("mixtral", num_hidden_layers=1), token_ids(20, 100)).values():
-        moments = empty(layer, gate_power=1.0)
-        moments.update(layer, routed)
+    [(layer, routed)] = recorded(make_family("mixtral", num_hidden_layers=1), token_ids(20, 100)).items()
+    moments = empty(layer, gate_power=1.0)
+    moments.update(layer, routed)
     gate_TE = torch.zeros(2000, 4, dtype=torch.float64)
     gate_TE.scatter_(1, routed.topk_index_TK, routed.topk_weight_TK.double())
     exact_ED = gate_TE.square().T @ routed.hidden_TH.double().square()

@@ -1,4 +1,4 @@
-import re
+import logging
 
 import pytest
 import torch
@@ -6,131 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_mlopt.moe import decoder_layers, moe_layers
-from hf_mlopt.pruning import MoEPruner, PruningConfig, validation
+from hf_mlopt.pruning import PruningConfig
 from hf_mlopt.pruning.states import capture
 from hf_mlopt.pruning.sweep import InMemory, sweep
 from tests.families import ALL_FAMILIES, make_family, token_ids
+from tests.pruned import METHODS, PATTERNS, prune, routed_by, same, snapshot
 from tests.reference import pruning as reference
-
-
-METHODS = ("moe-pruner", "wanda", "magnitude", "ria", "sparsegpt", "sparsegpt-gated")
-# `make_family` leaves no weight at zero, so every zero was put there by pruning.
-ROUTED = r"\.experts\."
-
-
-def prune(model, ids=None, **settings):
-    settings = {"min_tokens": 0, **({} if "pattern" in settings else {"sparsity": 0.5}), **settings}
-    return MoEPruner(PruningConfig(**settings)).prune(model, token_ids() if ids is None else ids, progress=False)
-
-
-def snapshot(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def expert_matrices(model):
-    for layer in moe_layers(model):
-        for projection in layer.projections:
-            for expert in range(layer.num_experts):
-                yield f"{layer.name}.{projection}[{expert}]", layer.weight(expert, projection)
-
-
-def assert_pattern(name, matrix, sparsity=None, pattern=None):
-    zeros = matrix == 0
-    if pattern is None:
-        assert (zeros.sum(dim=-1) == int(sparsity * matrix.shape[-1])).all(), name
-    else:
-        kept, group = map(int, pattern.split(":"))
-        assert (zeros.unflatten(-1, (-1, group)).sum(dim=-1) == group - kept).all(), name
-
-
-PATTERNS = ({"sparsity": 0.5}, {"pattern": "2:4"})
-
-
-@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
-@pytest.mark.parametrize("name", ALL_FAMILIES)
-def test_experts_scope_zeroes_the_experts_and_nothing_else(name, settings):
-    model = make_family(name)
-    before = snapshot(model)
-    report = prune(model, **settings)
-    for matrix_name, matrix in expert_matrices(model):
-        assert_pattern(matrix_name, matrix, **settings)
-    for key, value in model.state_dict().items():
-        if not re.search(ROUTED, key) or key.endswith("_bias"):
-            assert torch.equal(value, before[key]), key
-        else:
-            assert torch.equal(value[value != 0], before[key][value != 0]), key  # survivors keep their value
-    assert report.sparsity == 0.5
-    assert {layer.name for layer in report.layers} == {layer.name for layer in moe_layers(model)}
-    assert {t["sparsity"] for layer in report.layers for t in layer.tensors} == {0.5}
-
-
-# What `all-linear` prunes besides the routed experts, by family; everything else stays.
-ATTENTION = r"self_attn\.(q|k|v|o)_proj\.weight"
-LATENT_ATTENTION = r"self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight"
-SHARED = r"shared_experts?\.(gate|up|down)_proj\.weight"
-DENSE_MLP = r"layers\.0\.mlp\.(gate|up|down)_proj\.weight"
-ALL_LINEAR = {
-    **dict.fromkeys(ALL_FAMILIES, ATTENTION),
-    "qwen2_moe": f"{ATTENTION}|{SHARED}",
-    "glm4_moe": f"{ATTENTION}|{SHARED}",
-    "deepseek_v2": f"{LATENT_ATTENTION}|{SHARED}|{DENSE_MLP}",
-    "deepseek_v3": f"{LATENT_ATTENTION}|{SHARED}|{DENSE_MLP}",
-}
-
-
-@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
-@pytest.mark.parametrize("name", ALL_FAMILIES)
-def test_all_linear_scope_never_touches_router_embedding_norm_and_head(name, settings):
-    model = make_family(name)
-    before = snapshot(model)
-    report = prune(model, scope="all-linear", **settings)
-    for matrix_name, matrix in expert_matrices(model):
-        assert_pattern(matrix_name, matrix, **settings)
-    pruned = set()
-    for key, value in model.state_dict().items():
-        if re.search(ALL_LINEAR[name], key):
-            pruned.add(key)
-            assert_pattern(key, value, **settings)
-        elif not re.search(ROUTED, key):
-            assert torch.equal(value, before[key]), key
-    assert len(pruned) >= 4 * model.config.num_hidden_layers
-    named = {tensor["name"] for layer in report.layers for tensor in layer.tensors}
-    assert pruned == {key for key in named if not re.search(ROUTED, key)}
-    untouched = r"embed_tokens|lm_head|norm|\.mlp\.gate\.|router|shared_expert_gate"
-    assert not [key for key in named if re.search(untouched, key)]
-
-
-@pytest.mark.parametrize("settings", (*PATTERNS, {"pattern": "4:8"}, {"sparsity": 0.3}), ids=str)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ("mixtral", "gpt_oss", "module_list"))
-def test_every_method_reaches_the_pattern(name, method, settings):
-    model = make_family(name)
-    before = snapshot(model)
-    prune(model, method=method, **settings)
-    for matrix_name, matrix in expert_matrices(model):
-        assert_pattern(matrix_name, matrix, **settings)
-    updated = [key for key, value in model.state_dict().items()
-               if not torch.equal(value[value != 0], before[key][value != 0])]  # fmt: skip
-    assert bool(updated) == method.startswith("sparsegpt")
-    assert all(re.search(ROUTED, key) for key in updated)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bfloat16_weights_stay_bfloat16_and_keep_the_pattern(method):
-    model = make_family("mixtral", torch.bfloat16)
-    prune(model, method=method, pattern="2:4")
-    for matrix_name, matrix in expert_matrices(model):
-        assert matrix.dtype == torch.bfloat16
-        assert_pattern(matrix_name, matrix, pattern="2:4")
-
-
-def masks(model):
-    return {name: matrix == 0 for name, matrix in expert_matrices(model)}
-
-
-def same(left, right):
-    left, right = snapshot(left), snapshot(right)
-    return all(torch.equal(left[key], right[key]) for key in left)
 
 
 @pytest.mark.parametrize(("gated", "plain"), [("moe-pruner", "wanda"), ("sparsegpt-gated", "sparsegpt")])
@@ -177,43 +58,6 @@ def test_sum_to_one_changes_only_gates_that_do_not_sum_to_one():
         assert sum(report.layers[0].gate_mass) == pytest.approx(144, rel=1e-5)
 
 
-def plain_copy(model):
-    """gpt-oss with the layout of Mixtral: [output, input], all gate rows before all up rows."""
-
-    class Plain(type(model.model.layers[0].mlp.experts)):
-        def _apply_gate(self, gate_up):
-            gate, up = gate_up.chunk(2, dim=-1)
-            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
-            return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
-
-    def halves(value):  # interleaved last dimension to gate, then up
-        return torch.cat([value[..., 0::2], value[..., 1::2]], dim=-1)
-
-    for layer in model.model.layers:
-        experts = layer.mlp.experts
-        experts.__class__, experts.is_transposed, experts.is_concatenated = Plain, False, True
-        gate_up = halves(experts.gate_up_proj.data).transpose(-1, -2).contiguous()
-        experts.gate_up_proj = nn.Parameter(gate_up)
-        experts.gate_up_proj_bias = nn.Parameter(halves(experts.gate_up_proj_bias.data))
-        experts.down_proj = nn.Parameter(experts.down_proj.data.transpose(-1, -2).contiguous())
-    return model
-
-
-@pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
-@pytest.mark.parametrize("method", ("moe-pruner", "ria", "magnitude"))
-def test_a_transposed_interleaved_layout_gives_the_mask_of_its_plain_copy(method, settings):
-    stored, plain, ids = make_family("gpt_oss"), plain_copy(make_family("gpt_oss")), token_ids()
-    with torch.no_grad():
-        torch.testing.assert_close(stored(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
-    for model in (stored, plain):
-        prune(model, ids, method=method, **settings)
-    for layer, copy in zip(moe_layers(stored), moe_layers(plain), strict=True):
-        gate_up = layer.experts.gate_up_proj == 0  # [E, H, 2I], gate and up alternate
-        rows = torch.cat([gate_up[..., 0::2], gate_up[..., 1::2]], dim=-1).transpose(-1, -2)
-        assert torch.equal(rows, copy.experts.gate_up_proj == 0)
-        assert torch.equal((layer.experts.down_proj == 0).transpose(-1, -2), copy.experts.down_proj == 0)
-
-
 @torch.no_grad()
 def last_hidden(model, ids):
     """Output of the last decoder layer, before the final norm."""
@@ -248,18 +92,6 @@ def test_the_states_are_those_of_the_whole_model(name, propagate):
             expected, other = other, expected
         assert torch.equal(state, expected)
         assert (state - other).norm() > 0.01 * state.norm()
-
-
-@torch.no_grad()
-def routed_by(model, ids, index):
-    """Tokens per expert of decoder layer `index` in the whole model."""
-    layer = next(layer for layer in moe_layers(model) if layer.index == index)
-    found = []
-    handle = layer.experts.register_forward_pre_hook(lambda _module, args: found.append(args))
-    model(ids, use_cache=False)
-    handle.remove()
-    hidden_TH, topk_index_TK, topk_weight_TK = found[0]
-    return layer, hidden_TH, topk_index_TK, topk_weight_TK
 
 
 @pytest.mark.parametrize("propagate", ("pruned", "dense"))
@@ -338,13 +170,14 @@ def test_sparsegpt_in_the_first_layer_equals_its_twin(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_sparsity_zero_warns_and_changes_nothing(method, monkeypatch):
-    model, warnings = make_family("mixtral", torch.bfloat16), []
-    monkeypatch.setattr(validation.logger, "warning", warnings.append)
+def test_sparsity_zero_warns_and_changes_nothing(method, caplog):
+    model = make_family("mixtral", torch.bfloat16)
     before = snapshot(model)
-    report = prune(model, method=method, sparsity=0.0, scope="all-linear")
+    with caplog.at_level(logging.WARNING, "hf_mlopt"):
+        report = prune(model, method=method, sparsity=0.0, scope="all-linear")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert len(warnings) == 1 and "sparsity=0" in warnings[0] and report.sparsity == 0
+    [warning] = [record.message for record in caplog.records if record.name.startswith("hf_mlopt")]
+    assert "sparsity=0 removes nothing" in warning and report.sparsity == 0
 
 
 def test_the_same_seed_gives_the_same_weights_and_batches_hardly_matter():
@@ -352,8 +185,8 @@ def test_the_same_seed_gives_the_same_weights_and_batches_hardly_matter():
     for model, batch_size in zip(models, (8, 8, 2), strict=True):
         prune(model, batch_size=batch_size)
     assert same(*models[:2])
-    assert all(torch.equal(mask, other) for mask, other in zip(masks(models[0]).values(), masks(models[2]).values(),
-                                                               strict=True))  # fmt: skip
+    zeros = [[value == 0 for value in snapshot(model).values()] for model in models]
+    assert all(torch.equal(*pair) for pair in zip(zeros[0], zeros[2], strict=True))
 
 
 @pytest.mark.parametrize("form", ("lists", "ragged", "rows", "dataset"))
@@ -362,8 +195,9 @@ def test_every_form_of_calibration_gives_the_same_mask(form):
     forms = {
         "lists": lambda: ids.tolist(),
         "ragged": lambda: [[], *ids.tolist()],
-        "rows": lambda: [{"input_ids": [*row, 2, 2], "attention_mask": [1] * len(row) + [0, 0]}
-                         for row in ids.tolist()],  # fmt: skip
+        "rows": lambda: [
+            {"input_ids": [*row, 2, 2], "attention_mask": [1] * len(row) + [0, 0]} for row in ids.tolist()
+        ],  # fmt: skip
         "dataset": lambda: __import__("datasets").Dataset.from_dict({"input_ids": ids.tolist()}),
     }
     models = [make_family("mixtral"), make_family("mixtral")]

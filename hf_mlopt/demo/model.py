@@ -81,4 +81,5 @@ def train(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: 
     trainer = MLOptTrainer(model=model, args=arguments, train_dataset=dataset)
     trainer.log = lambda *args, **kwargs: None  # the table at the end is the output
     trainer.train()
+    model.config.use_cache = True  # Trainer turns it off, and this model is not saved by a Trainer
     model.eval()

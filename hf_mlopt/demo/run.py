@@ -20,6 +20,7 @@ from hf_mlopt.workflows.prune import PruneRecipe, write_pruned
 
 
 _RESULTS = "results.json"
+_WRITTEN = {"dense", "pruned", "perplexity.png", _RESULTS}
 _EMBEDDED = {"calibration": "embedded", "samples": 64, "sequence_length": CONTEXT}
 
 
@@ -33,7 +34,7 @@ class Budget:
     windows: int = 100
 
 
-SHORT = Budget(steps=8, sparsities=(0.5,), methods=("magnitude", "wanda", "moe-pruner"), windows=4)
+SHORT = Budget(steps=4, sparsities=(0.5,), methods=("magnitude", "wanda", "moe-pruner"), windows=4)
 
 
 def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
@@ -48,7 +49,8 @@ def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
     """
     started = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    earlier = (target / _RESULTS).is_file() and (target / "perplexity.png").is_file()
+    # With anything of the user's own beside it, an earlier demo is not ours to delete.
+    earlier = target.is_dir() and {path.name for path in target.iterdir()} == _WRITTEN
     if not earlier:
         check_output(target, 100_000_000)
     with staged_output(target) as folder:

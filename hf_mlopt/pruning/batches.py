@@ -46,7 +46,7 @@ def as_batches(calibration, batch_size: int, config) -> list[torch.Tensor]:
 
 def _rows(calibration) -> Iterable:
     if isinstance(calibration, torch.Tensor):
-        if calibration.ndim != 2 or calibration.dtype.is_floating_point:
+        if calibration.ndim != 2 or not _is_integral(calibration):
             raise InputError(
                 f"calibration is a {calibration.dtype} tensor of shape {tuple(calibration.shape)}; give token ids as "
                 "a LongTensor [samples, length]."
@@ -64,16 +64,30 @@ def _rows(calibration) -> Iterable:
 
 
 def _as_ids(row, number: int) -> torch.Tensor:
+    if isinstance(row, dict) and "input_ids" not in row:
+        raise InputError(f"calibration sequence {number} has the keys {sorted(row)}; it needs input_ids.")
     ids, mask = (row["input_ids"], row.get("attention_mask")) if isinstance(row, dict) else (row, None)
     try:
         ids = torch.as_tensor(ids)
         empty = ids.numel() == 0
-        if not empty and (ids.ndim != 1 or ids.dtype.is_floating_point):
+        if not empty and (ids.ndim != 1 or not _is_integral(ids)):
             raise TypeError(f"{ids.dtype} of shape {tuple(ids.shape)}")
     except (TypeError, ValueError) as error:
         raise InputError(f"calibration sequence {number} is not a list of token ids ({error}).") from None
     ids = ids.long().cpu().flatten()
-    return ids if mask is None else ids[torch.as_tensor(mask).cpu().bool()]
+    if mask is None:
+        return ids
+    mask = torch.as_tensor(mask).cpu().bool()
+    if mask.shape != ids.shape:
+        raise InputError(
+            f"calibration sequence {number} has {len(ids)} input_ids and an attention_mask of shape "
+            f"{tuple(mask.shape)}; give one entry per token."
+        )
+    return ids[mask]
+
+
+def _is_integral(values: torch.Tensor) -> bool:
+    return not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)
 
 
 def _refuse_padding(sequences: list[torch.Tensor], config) -> None:

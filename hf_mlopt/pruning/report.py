@@ -86,7 +86,7 @@ class PruningReport:
             f"{100 * self.totals['sparsity_of_model']:.2f} % of the model, in {self.seconds:.1f} s"
         ]
         for index, experts in self.uncovered.items():
-            lines.append(f"  layer {index}: experts {experts} below min_tokens={self.config.min_tokens}")
+            lines.append(f"  layer {index}: experts {experts} with fewer than {max(self.config.min_tokens, 1)} tokens")
         return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """Loading models and tokenizers with errors a user can act on."""
 
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.hub import Checkpoint, hub_errors
 
 
@@ -17,10 +18,17 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "
 
     if not any(checkpoint.directory.glob("tokenizer*")) and not any(checkpoint.directory.glob("vocab*")):
         return None
-    with hub_errors(checkpoint.name):
-        return AutoTokenizer.from_pretrained(
-            checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
-        )
+    try:
+        with hub_errors(checkpoint.name):
+            return AutoTokenizer.from_pretrained(
+                checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
+            )
+    except InputError:
+        raise
+    except ValueError as error:  # broken JSON, custom code
+        raise InputError(
+            f"model={checkpoint.name!r}: its tokenizer cannot be read: {shorten(str(error), 600)}"
+        ) from None
 
 
 def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedModel":
@@ -28,8 +36,20 @@ def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreT
     from transformers import AutoModelForCausalLM
 
     with hub_errors(checkpoint.name):
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.name, revision=checkpoint.revision, dtype="auto", trust_remote_code=trust_remote_code
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.name,
+            revision=checkpoint.revision,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # transformers' own error does not name the tensor
+        )
+    # What is not in the files would be random.
+    absent = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if absent:
+        raise InputError(
+            f"model={checkpoint.name!r}: {len(absent)} tensors are missing in its weight files or have another shape "
+            f"than its config.json says, {absent[0]} first; download it again"
         )
     return model.eval()
 
@@ -48,7 +68,9 @@ def choose_device(device: str) -> "torch.device":
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigurationError("device", device, "must be auto, cpu, cuda or cuda:N") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ConfigurationError("device", device, "must be auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigurationError("device", device, f"this machine has {torch.cuda.device_count()} CUDA devices")
     return chosen

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from hf_mlopt import __version__
@@ -120,6 +121,7 @@ def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Chec
 def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
     """Builds the model without weights and refuses what cannot be pruned; returns its configuration."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hf_mlopt.errors import InputError
@@ -133,8 +135,8 @@ def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
             )
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
-        except ValueError as error:  # an architecture that this version of transformers does not know
-            raise InputError(f"model={checkpoint.name!r}: {error}") from None
+        except (ValueError, StrictDataclassError) as error:  # unknown architecture, custom code, ill-typed field
+            raise InputError(f"model={checkpoint.name!r}: {shorten(str(error), 600)}") from None
     validate(skeleton, recipe.pruning)
     return config
 

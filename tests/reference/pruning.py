@@ -1,7 +1,7 @@
 """
 The pruning methods in float64 and plain loops, in the notation of the papers. Shares no code with the library.
 
-W[i][j]: output neuron i, input channel j. X[t][j]: activation of token t. g[t]: router weight of token t for the expert.
+W[i][j]: output neuron i, input channel j. X[t][j]: activation of token t. g[t]: its router weight for the expert.
 """
 
 import math
@@ -21,7 +21,9 @@ def routed_tokens(top_k_index, top_k_weights, expert: int) -> list[tuple[int, fl
 
 
 def expert_intermediate(experts, e: int, x: torch.Tensor) -> torch.Tensor:
-    """h = act(w1 x) * (w3 x) of one token, from the raw parameters of a fused experts module."""
+    """h = act(w1 x) * (w3 x), or act(w1 x) without gate, of one token, from the raw parameters of fused experts."""
+    if not experts.has_gate:
+        return experts.act_fn(experts.up_proj[e].double() @ x.double())
     up = experts.gate_up_proj[e].double()
     z = x.double() @ up if experts.is_transposed else up @ x.double()
     if experts.has_bias:
