@@ -117,7 +117,7 @@ def test_experts_in_a_list_have_no_stacked_view():
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_decoder_layers_are_the_whole_stack(name):
     model = make_family(name)
-    prefix, layers = decoder_layers(model)
+    prefix, layers = decoder_layers(model, moe_layers(model))
     assert prefix == "model.layers" and layers is model.model.layers
     assert len(layers) == model.config.num_hidden_layers
 

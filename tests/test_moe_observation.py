@@ -169,6 +169,21 @@ def test_routing_of_a_list_that_is_not_understood_is_refused(rule, monkeypatch):
         logits(model, token_ids(2, 8))
 
 
+def test_a_list_that_drops_tokens_later_is_refused(monkeypatch):
+    """As with an expert capacity: the rule that explained the first batch does not explain the second."""
+    model, weights = make_family("module_list"), ListBlock.weights
+
+    def dropping(block, logits_TE):
+        weight_TK, index_TK = weights(block, logits_TE)
+        return weight_TK[:, :1], index_TK[:, :1]
+
+    with observe(model, ignore):
+        logits(model, token_ids(2, 8))
+        monkeypatch.setattr(ListBlock, "weights", dropping)
+        with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts.*ListBlock"):
+            logits(model, token_ids(2, 8))
+
+
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 @pytest.mark.parametrize("positional", (True, False))
 def test_padding_is_marked(name, positional):

@@ -71,3 +71,11 @@ def test_a_view_with_other_strides_gives_the_same_mask(pattern):
 )
 def test_count_is_the_floor_of_the_decimal_number(sparsity, width, count):
     assert num_pruned(sparsity, width) == count
+
+
+@pytest.mark.parametrize(("kept", "group"), ((128, 256), (200, 256), (20, 32)))
+def test_large_groups_are_selected_like_small_ones(kept, group):
+    score = torch.randint(0, 50, (3, 2 * group), generator=torch.Generator().manual_seed(0)).float()
+    mask = smallest_per_group(score, kept, group)
+    expected = reference.mask_n_of_m(score.tolist(), kept, group)
+    assert mask.tolist() == expected

@@ -80,7 +80,8 @@ def test_chunks_do_not_change_the_result(method, pattern, chunk, monkeypatch):
     moments = None if method == "magnitude" else moments
     pieces = whole.clone()
     prune_weights_(whole, moments, config, dense={1})
-    monkeypatch.setattr("hf_mlopt.pruning.apply._CHUNK", chunk)
+    monkeypatch.setattr("hf_mlopt.pruning.apply._CPU_CHUNK", chunk)
+    monkeypatch.setattr("hf_mlopt.pruning.apply._ACCELERATOR_CHUNK", chunk)
     prune_weights_(pieces, moments, config, dense={1})
     assert torch.equal(whole, pieces)
     assert torch.equal(whole[1], data()[0][1]) and ((whole[::2] == 0).sum(dim=-1) == 12).all()

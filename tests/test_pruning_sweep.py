@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -72,11 +73,15 @@ def last_hidden(model, ids):
 
 def sweep_states(model, batches, **settings):
     config = PruningConfig(sparsity=0.5, min_tokens=0, **settings)
-    prefix, layers = decoder_layers(model)
-    device = torch.device("cpu")
+    moe, device = moe_layers(model), torch.device("cpu")
+    prefix, layers = decoder_layers(model, moe)
+    last = copy.deepcopy(layers[-1])
     states, calls = capture(model, layers, batches, device)
-    reports = sweep(InMemory(prefix, layers, moe_layers(model), device), states, calls, config, iter)
-    return states, reports
+    sweep(InMemory(prefix, layers, moe, device), states, calls, config, iter)
+    # The sweep leaves the input of the last layer: nobody reads its output.
+    last = layers[-1] if config.propagate == "pruned" else last
+    with torch.no_grad():
+        return [calls(len(layers) - 1, last, state) for state in states]
 
 
 @pytest.mark.parametrize("propagate", ("pruned", "dense"))
@@ -85,7 +90,7 @@ def test_the_states_are_those_of_the_whole_model(name, propagate):
     """Layer by layer the sweep arrives at what the dense or the pruned model computes in one go."""
     model, dense = make_family(name), make_family(name)
     batches = [token_ids(2, 24), token_ids(3, 24, seed=1), token_ids(2, 16, seed=2)]
-    states, _ = sweep_states(model, batches, propagate=propagate)
+    states = sweep_states(model, batches, propagate=propagate)
     for state, batch in zip(states, batches, strict=True):
         expected, other = last_hidden(model, batch), last_hidden(dense, batch)
         if propagate == "dense":
@@ -143,15 +148,16 @@ def test_final_weights_equal_a_literal_sweep(method, settings, min_tokens):
         moments = brute_force_moments(layer, *routing, min_tokens, gate_power)
         removed = []
         for expert in range(layer.num_experts):
-            for parameter in (layer.experts.gate_up_proj, layer.experts.down_proj):
-                S = score(parameter[expert].tolist(), next(moments))
+            for parameter, matrices in ((layer.experts.gate_up_proj, 2), (layer.experts.down_proj, 1)):
+                Q = next(moments)  # one for gate and up, which are matrices of their own
+                S = [row for W in parameter[expert].chunk(matrices) for row in score(W.tolist(), Q)]
                 mask = reference.mask_rows(S, 0.5) if "sparsity" in settings else reference.mask_n_of_m(S, 2, 4)
                 removed.append((parameter, expert, torch.tensor(mask)))
         for parameter, expert, mask in removed:
             parameter.data[expert][mask] = 0.0
-    for layer, copy in zip(moe_layers(model), moe_layers(twin), strict=True):
-        assert torch.equal(layer.experts.gate_up_proj, copy.experts.gate_up_proj)
-        assert torch.equal(layer.experts.down_proj, copy.experts.down_proj)
+    for layer, literal in zip(moe_layers(model), moe_layers(twin), strict=True):
+        assert torch.equal(layer.experts.gate_up_proj, literal.experts.gate_up_proj)
+        assert torch.equal(layer.experts.down_proj, literal.experts.down_proj)
 
 
 @pytest.mark.parametrize("method", ("sparsegpt", "sparsegpt-gated"))

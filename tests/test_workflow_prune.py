@@ -353,6 +353,8 @@ def test_a_run_stopped_while_writing_leaves_nothing_and_can_be_repeated(
 
     def fail(record, path):
         written.extend(entry.name for entry in path.parent.iterdir())
+        # Were the process killed here, nobody would take this for a checkpoint.
+        assert path.parent.name.startswith(".output.") and not (tmp_path / "output").exists()
         raise error
 
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from hf_mlopt.evaluation import perplexity
 from hf_mlopt.hub import check_output, environment, resolve_checkpoint, staged_output
 from hf_mlopt.pruning import METHODS, MoEPruner, PruningConfig
 from hf_mlopt.workflows.loading import load_model
-from hf_mlopt.workflows.prune import PruneRecipe, write_pruned
+from hf_mlopt.workflows.prune import PruneRecipe, calibration_record, write_pruned
 
 
 _RESULTS = "results.json"
@@ -112,7 +112,7 @@ def _prune_and_judge(checkpoint, config, calibration, held_out):
 
 def _write_checkpoint(model, tokenizer, checkpoint, target, folder, calibration, seed, dense, row) -> None:
     report = copy.copy(row["report"])
-    report.calibration = {**calibration.source, "sketch": calibration.sketch}
+    report.calibration = calibration_record(calibration)
     recipe = PruneRecipe(**_EMBEDDED, seed=seed, sparsity=0.5, model=str(target / "dense"))
     recipe.output = str(folder / "pruned")
     evaluation = {

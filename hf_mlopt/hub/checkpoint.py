@@ -27,7 +27,7 @@ _TOKENIZER = (
     "added_tokens.json",
 )
 _COPIED = (*_TOKENIZER, "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_SMALL_FILES = [*_COPIED, "config.json", "*.index.json", "README.md"]
+_SMALL_FILES = [*_COPIED, "config.json", "*.index.json", "README.md", "pruning_report.json"]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def save_checkpoint(
         with _plain_conversions(model):
             model.save_pretrained(directory, max_shard_size="5GB", save_original_format=True)
         copied = _copy_from(source, directory) if source else []
-        if tokenizer is not None and "tokenizer_config.json" not in copied:
+        if tokenizer is not None and ("tokenizer_config.json" not in copied or _has_code(directory)):
             tokenizer.save_pretrained(directory)
         _finish_config(directory / "config.json", record, source)
         for name, content in (files or {}).items():
@@ -199,6 +199,11 @@ def _copy_from(source: Path, directory: Path) -> list[str]:
     for name, path in found.items():
         shutil.copyfile(path, directory / name)  # not its mode: a read-only original is no reason for a read-only copy
     return list(found)
+
+
+def _has_code(directory: Path) -> bool:
+    """Whether the tokenizer is made by code beside it, which saving carries along and copying does not."""
+    return "auto_map" in json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
 
 
 def _finish_config(path: Path, provenance: dict, source: Path | None) -> None:

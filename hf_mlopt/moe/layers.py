@@ -64,6 +64,15 @@ class MoELayer:
         weight_EOD = getattr(self.experts, projection).data
         return weight_EOD.transpose(-1, -2) if self.experts.is_transposed else weight_EOD
 
+    def matrices(self, projection: str) -> tuple[slice, ...]:
+        """The output rows of each matrix of a projection: gate and up are stored as one, joined or interleaved."""
+        if projection != "gate_up_proj":
+            return (slice(None),)
+        if not self.experts.is_concatenated:
+            return slice(0, None, 2), slice(1, None, 2)
+        half = self.stacked(projection).shape[1] // 2
+        return slice(0, half), slice(half, None)
+
     def input_size(self, source: str) -> int:
         """Width of `"hidden"` or `"intermediate"`."""
         projection = next(name for name, reads in self.projections.items() if reads == source)
@@ -130,12 +139,24 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
                 "experts."
             )
         raise InputError(f"model type {model_type!r} has no mixture-of-experts layer: it is a dense model.")
+    _refuse_ambiguous(layers)
     return sorted(layers, key=lambda layer: layer.index)
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder layers of a model and their qualified name, e.g. `"model.layers"`."""
-    prefix = _layer_prefix(moe_layers(model)[0].name)
+def _refuse_ambiguous(layers: list[MoELayer]) -> None:
+    first = layers[0]
+    seen = {}
+    for layer in layers:
+        twin = seen.setdefault(layer.index, layer)
+        if twin is not layer:
+            raise InputError(f"{layer.name} and {twin.name} stand in one decoder layer; that is not understood.")
+        if _layer_prefix(layer.name) != _layer_prefix(first.name):
+            raise InputError(f"{first.name} and {layer.name} stand in different stacks; that is not understood.")
+
+
+def decoder_layers(model: nn.Module, layers: list[MoELayer]) -> tuple[str, nn.ModuleList]:
+    """The decoder layers that hold the given mixtures of experts, and their qualified name, e.g. `"model.layers"`."""
+    prefix = _layer_prefix(layers[0].name)
     return prefix, model.get_submodule(prefix)
 
 

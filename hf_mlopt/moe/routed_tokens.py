@@ -52,5 +52,9 @@ class Observation:
     def note_padding(self, _module, args, kwargs):
         """Forward pre-hook of a model: remembers which tokens of the batch are padding."""
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        two_dimensional = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        self.token_mask = mask.reshape(-1).bool() if two_dimensional else None
+        self.token_mask = None
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+            inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+            new = mask.shape[1] if inputs is None else inputs.shape[1]  # with a cache the mask covers the past too
+            self.token_mask = mask[:, mask.shape[1] - new :].reshape(-1).bool()

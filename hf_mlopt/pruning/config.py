@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from hf_mlopt.errors import ConfigurationError
 
@@ -47,16 +47,13 @@ class PruningConfig:
     batch_size: int = 8
 
     def __post_init__(self):
-        choices = {
-            "method": Method.__args__,
-            "scope": ("experts", "all-linear"),
-            "propagate": ("pruned", "dense"),
-            "gate_normalize": ("as_model", "sum_to_one"),
-            "on_uncovered": ("blend", "all_tokens", "magnitude", "skip", "error"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ConfigurationError(field, getattr(self, field), f"must be one of {', '.join(allowed)}")
+        for field, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, field) not in get_args(kind):
+                raise ConfigurationError(field, getattr(self, field), f"must be one of {', '.join(get_args(kind))}")
+        for field in ("sparsity", "gate_power", "min_tokens", "batch_size"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ConfigurationError(field, value, "must be a number")
         if (self.sparsity is None) == (self.pattern is None):
             given = "neither is given" if self.sparsity is None else "both are given"
             raise ConfigurationError("sparsity", self.sparsity, f"give either sparsity or pattern, {given}")

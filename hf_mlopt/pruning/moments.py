@@ -13,6 +13,8 @@ from hf_mlopt.moe.routed_tokens import RoutedTokens
 
 # Slots of one expert per step when full second moments are summed; bounds the padded copy.
 _SLOTS_PER_STEP = 2048
+# Floats of one such step, 1 GB: the padded copy and the products of the experts taken together.
+_OUTER_CHUNK = 1 << 28
 
 
 class ExpertMoments:
@@ -73,10 +75,10 @@ class ExpertMoments:
         gate_TE = torch.zeros(len(real_T), self.num_experts + 2, device=real_T.device)
         gate_TE.scatter_(1, index_TK, square_TK)
         gate_TE[:, -1] = real_T
-        hidden_ED = gate_TE.T @ routed.hidden_TH.float().square()
+        hidden_ED = gate_TE.T @ _squares(routed.hidden_TH)
         self.sums["hidden"] += hidden_ED[: self.num_experts]
         self.sums["layer_hidden"] += hidden_ED[-1]
-        intermediate_SI = routed.intermediate_SI.float().square().mul_(square_S[:, None])
+        intermediate_SI = _squares(routed.intermediate_SI).mul_(square_S[:, None])
         self.sums["intermediate"] += sum_by_expert(intermediate_SI, routed.expert_S, self.num_experts)
 
     def _count(self, routed: RoutedTokens, weight_TK: torch.Tensor, real_T: torch.Tensor) -> None:
@@ -120,17 +122,25 @@ def sum_by_expert(value_SD: torch.Tensor, expert_S: torch.Tensor, num_experts: i
     return (one_hot_SE.T @ value_SD)[:-1]
 
 
+def _squares(value: torch.Tensor) -> torch.Tensor:
+    single = value.float()
+    return single.square() if single is value else single.square_()
+
+
 def add_grouped_outer(total_EDD, value_SD: torch.Tensor, expert_S: torch.Tensor, square_S: torch.Tensor) -> None:
-    """Adds Σ_s square_s · v_s v_sᵀ of the rows of each expert to `total_EDD`, in batched products over all experts."""
-    num_experts = len(total_EDD)
+    """Adds Σ_s square_s · v_s v_sᵀ over the rows of each expert to `total_EDD`, many experts in one product."""
+    num_experts, width = total_EDD.shape[:2]
     order_S = torch.argsort(expert_S, stable=True)
     counts_E = torch.bincount(expert_S.clamp(max=num_experts), minlength=num_experts + 1)[:num_experts]
     starts_E = counts_E.cumsum(0) - counts_E
-    for first in range(0, int(counts_E.max()), _SLOTS_PER_STEP):
-        width = min(_SLOTS_PER_STEP, int(counts_E.max()) - first)
-        place_C = torch.arange(first, first + width, device=expert_S.device)
-        inside_EC = place_C[None] < counts_E[:, None]
-        slot_EC = order_S[(starts_E[:, None] + place_C[None]).clamp(max=len(order_S) - 1)]
-        scale_EC = square_S[slot_EC].sqrt() * inside_EC
-        value_ECD = value_SD[slot_EC].float().mul_(scale_EC[..., None])
-        total_EDD.baddbmm_(value_ECD.transpose(1, 2), value_ECD)
+    busiest = int(counts_E.max())
+    at_once = max(1, _OUTER_CHUNK // (width * (width + min(busiest, _SLOTS_PER_STEP))))
+    for first in range(0, busiest, _SLOTS_PER_STEP):
+        place_C = torch.arange(first, min(first + _SLOTS_PER_STEP, busiest), device=expert_S.device)
+        # Experts that have slots left: a busy one does not make the others pay for its padding.
+        for active_A in (counts_E > first).nonzero().flatten().split(at_once):
+            inside_AC = place_C[None] < counts_E[active_A, None]
+            slot_AC = order_S[(starts_E[active_A, None] + place_C[None]).clamp(max=len(order_S) - 1)]
+            scale_AC = square_S[slot_AC].sqrt() * inside_AC
+            value_ACD = value_SD[slot_AC].float().mul_(scale_AC[..., None])
+            total_EDD.index_add_(0, active_A, value_ACD.transpose(1, 2) @ value_ACD)

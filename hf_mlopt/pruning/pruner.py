@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_mlopt.errors import InputError
-from hf_mlopt.moe import decoder_layers
+from hf_mlopt.moe import MoELayer, decoder_layers
 from hf_mlopt.moe.layers import text_config
 from hf_mlopt.moe.observation import delegate_name
 from hf_mlopt.pruning.batches import as_batches
@@ -24,6 +24,8 @@ from hf_mlopt.pruning.validation import check_finite_weights, validate
 
 
 logger = logging.get_logger(__name__)
+
+_MAX_GATHERED = 16e9  # bytes
 
 
 class MoEPruner:
@@ -63,22 +65,25 @@ class MoEPruner:
         calibrated = METHODS[self.config.method].calibrated
         if calibrated and calibration is None:
             raise InputError(f"method={self.config.method!r} needs calibration data; only magnitude does without.")
+        _refuse_offloaded(model)
         batches = as_batches(calibration, self.config.batch_size, text_config(model)) if calibrated else []
+        _refuse_gathering(moe, batches)
         check_finite_weights(model)
         if self.config.sparsity == 0:
             logger.warning("sparsity=0 removes nothing: the weights stay as they are.")
-        prefix, layers = decoder_layers(model)
+        prefix, layers = decoder_layers(model, moe)
         device = torch.device(device) if device is not None else next(layers.parameters()).device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        training = model.training
+        training = {module: module.training for module in model.modules()}
         model.eval()  # router jitter and dropout would disturb the statistics
         try:
             states, calls = capture(model, layers, batches, device) if batches else ([], LayerCalls())
             bar = partial(tqdm, desc=f"pruning {self.config.label}", unit="layer", disable=None if progress else True)
             reports = sweep(InMemory(prefix, layers, moe, device), states, calls, self.config, bar)
         finally:
-            model.train(training)
+            for module, mode in training.items():
+                module.training = mode
         return PruningReport(
             config=self.config,
             experts_implementation="+".join(sorted({delegate_name(layer) for layer in moe if layer.is_fused}))
@@ -88,6 +93,30 @@ class MoEPruner:
             seconds=time.perf_counter() - started,
             peak_memory_bytes=_peak_memory(device),
         )
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is not None or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise InputError(
+            f"the model is spread over devices or disk ({meta or 'hf_device_map'}); load it without device_map. "
+            "Layers are moved to `device` one at a time."
+        )
+
+
+def _refuse_gathering(moe: list[MoELayer], batches: list[torch.Tensor]) -> None:
+    """`batched_mm` copies the matrices of an expert for every token sent to it."""
+    largest = max((batch.numel() for batch in batches), default=0)
+    for layer in moe:
+        if layer.is_fused and delegate_name(layer) == "batched_mm":
+            matrix = max(layer.stacked(projection)[0].nbytes for projection in layer.projections)
+            if largest * layer.top_k * matrix > _MAX_GATHERED:
+                raise InputError(
+                    f"{layer.name}: experts implementation {layer.experts.config._experts_implementation!r} would "
+                    f"gather {largest * layer.top_k * matrix / 1e9:.0f} GB of weights for a batch; call "
+                    'model.set_experts_implementation("grouped_mm"), or lower batch_size.'
+                )
+            return
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_mlopt.pruning.config import PruningConfig
+from hf_mlopt.pruning.coverage import policy
 
 
 @dataclass
@@ -71,9 +72,11 @@ class PruningReport:
         return {layer.index: layer.uncovered for layer in self.layers if layer.uncovered}
 
     def to_dict(self) -> dict:
-        """Plain numbers, strings, lists and dicts; the configuration's fields stand at the top."""
+        """Plain numbers, strings, lists and dicts; the configuration's fields stand at the top,
+        with the coverage policy that was in force."""
         rest = {key: value for key, value in vars(self).items() if key not in ("config", "layers")}
-        return {**asdict(self.config), **rest, "layers": [asdict(layer) for layer in self.layers]}
+        in_force = {"on_uncovered": policy(self.config)}
+        return {**asdict(self.config), **in_force, **rest, "layers": [asdict(layer) for layer in self.layers]}
 
     def save(self, path: str | Path) -> None:
         """Writes JSON."""

@@ -82,16 +82,15 @@ def _inverse_factor(hessian_EDD: torch.Tensor) -> torch.Tensor:
         raise InputError("the second moments for SparseGPT hold NaN or Inf.")
     mean_E = diagonal_ED.mean(dim=-1)
     mean_E = torch.where(mean_E > 0, mean_E, torch.ones_like(mean_E))
-    damping = _DAMPING
-    while damping <= _MAX_DAMPING:
+    damping_E = torch.full_like(mean_E, _DAMPING)
+    while bool((damping_E <= _MAX_DAMPING).all()):
         damped_EDD = hessian_EDD.clone()
-        damped_EDD.diagonal(dim1=-2, dim2=-1).add_(damping * mean_E[:, None])
-        factor_EDD, failed_E = torch.linalg.cholesky_ex(damped_EDD)
-        if not bool(failed_E.any()):
-            inverse_EDD = torch.cholesky_inverse(factor_EDD)
-            upper_EDD, failed_E = torch.linalg.cholesky_ex(inverse_EDD, upper=True)
-            if not bool(failed_E.any()):
-                return upper_EDD
-        damping *= 10
-        logger.info(f"SparseGPT: second moments are close to singular, damping raised to {damping:g}")
+        damped_EDD.diagonal(dim1=-2, dim2=-1).add_((damping_E * mean_E)[:, None])
+        factor_EDD, singular_E = torch.linalg.cholesky_ex(damped_EDD)
+        if not bool(singular_E.any()):
+            factor_EDD, singular_E = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor_EDD), upper=True)
+        if not bool(singular_E.any()):
+            return factor_EDD
+        damping_E[singular_E > 0] *= 10  # of these experts only: results must not depend on their neighbours
+        logger.info(f"SparseGPT: {int((singular_E > 0).sum())} second moments are close to singular, more damping")
     raise InputError(f"the second moments for SparseGPT cannot be factored even with damping {_MAX_DAMPING:g}.")

@@ -2,7 +2,8 @@
 
 # B batch   S sequence   H hidden
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -53,14 +54,39 @@ def capture(model: nn.Module, layers: nn.ModuleList, batches: list[torch.Tensor]
     calls, states = LayerCalls(), []
     home = model.get_input_embeddings().weight.device
     for batch in batches:
+        # Some models scale or normalise the embedding before the first layer, so the model itself embeds.
         if calls.knows(batch.shape):
-            # Some models scale or normalise the embedding before the first layer, so the model itself embeds.
             recorded = _record(model, layers, batch.to(home), only_first=True)
         else:
             recorded = _record(model, layers, batch.to(home))
+            _refuse_content(recorded, _record(model, layers, batch.flip(-1).to(home)), model)
             calls.record(batch.shape, [(args, kwargs) for _, args, kwargs in recorded])
         states.append(recorded[0][0].to(device))
     return states, calls
+
+
+def _refuse_content(recorded, of_other_tokens, model) -> None:
+    """Raises where a layer is given more than hidden states and what follows from the shape of the batch."""
+    for index, ((_, args, kwargs), (_, other_args, other_kwargs)) in enumerate(
+        zip(recorded, of_other_tokens, strict=True)
+    ):
+        named = [*kwargs.items(), *((f"argument {place + 1}", value) for place, value in enumerate(args))]
+        others = [*other_kwargs.values(), *other_args]
+        for (name, value), other in zip(named, others, strict=True):
+            if isinstance(value, dict) or not _same(value, other):
+                raise InputError(
+                    f"decoder layer {index} of {type(model).__name__} is given {name!r}, which carries content from "
+                    "elsewhere in the model; running such a model layer by layer is not supported."
+                )
+
+
+def _same(value, other) -> bool:
+    if isinstance(value, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(value, other)
+    if isinstance(value, (tuple, list)):
+        return len(value) == len(other) and all(map(_same, value, other))
+    # Caches and the like are made anew for each call: what counts is that they are of one kind.
+    return type(value) is type(other) and (not isinstance(value, (int, float, str, bool)) or value == other)
 
 
 @torch.no_grad()
@@ -78,18 +104,32 @@ def _record(model, layers, batch, only_first=False) -> list[tuple[torch.Tensor, 
 
             return forward
 
-        for layer in layers:
-            layer.forward = recorder()  # shadows the class's method on this instance only
         try:
-            model.base_model(input_ids=batch, use_cache=False)
+            with _shadowed(layers, recorder()):
+                model.base_model(input_ids=batch, use_cache=False)
         except SeenEnough:
             return recorded
-        finally:
-            for layer in layers:
-                del layer.forward
+        except (ValueError, TypeError, IndexError, AttributeError):
+            continue  # the model expects something else of a layer
         if len(recorded) == len(layers) and all(hidden.shape == recorded[0][0].shape for hidden, _, _ in recorded):
             return recorded
     raise InputError(f"{type(model).__name__} does not call its {len(layers)} decoder layers one after the other.")
+
+
+@contextmanager
+def _shadowed(layers: nn.ModuleList, forward: Callable) -> Iterator[None]:
+    """Puts `forward` in the place of that of every layer, and back what stood there (the class's, or a patch)."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, patch in zip(layers, before, strict=True):
+            if patch is None:
+                del layer.forward
+            else:
+                layer.forward = patch
 
 
 def _to(value, device):

@@ -81,27 +81,34 @@ def sweep(source: LayerSource, states: list[torch.Tensor], calls: LayerCalls, co
     for index in progress(range(len(source))):
         started = time.perf_counter()
         name, decoder, moe = source.load(index)
-        report = LayerReport(index, moe.name if moe is not None else name)
-        linears = linear_layers(decoder, name, moe) if config.scope == "all-linear" else {}
-        statistics = {}
-        if METHODS[config.method].calibrated:
-            statistics, outputs = _observe(index, decoder, moe, linears, states, calls, config, report)
-        _prune(moe, linears, statistics, config, report)
-        if states:
-            if config.propagate == "pruned" and report.tensors:
-                outputs = [calls(index, decoder, state) for state in states]
-            for number, output in enumerate(outputs):
-                _check_finite_states(output, name)
-                states[number] = output
-        source.store(index)
+        try:
+            report = _sweep_layer(name, index, decoder, moe, states, calls, config, last=index + 1 == len(source))
+        finally:
+            source.store(index)
         report.seconds = time.perf_counter() - started
         if report.tensors:
             reports.append(report)
     return reports
 
 
-def _observe(index, decoder, moe, linears, states, calls, config, report):
-    """Runs a layer over all states; returns the moments of every input in scope and the layer's outputs."""
+def _sweep_layer(name, index, decoder, moe, states, calls, config, last) -> LayerReport:
+    """Prunes one layer and replaces the states by its outputs."""
+    report = LayerReport(index, moe.name if moe is not None else name)
+    linears = linear_layers(decoder, name, moe) if config.scope == "all-linear" else {}
+    statistics, outputs = {}, []
+    if states and (moe is not None or linears):
+        statistics, outputs = _observe(name, index, decoder, moe, linears, states, calls, config, report)
+    _prune(moe, linears, statistics, config, report)
+    for number in range(0 if last else len(states)):  # nobody reads what the last layer gives
+        output = outputs[number] if outputs else calls(index, decoder, states[number])
+        _check_finite_states(output, name)
+        states[number] = output
+    return report
+
+
+def _observe(name, index, decoder, moe, linears, states, calls, config, report):
+    """Runs a layer over all states; returns the moments of every input in scope and, to be
+    propagated dense, the layer's outputs."""
     method = METHODS[config.method]
     gate_power = config.gate_power if method.gated else 0.0
     linear_moments = LinearMoments(method.hessian, gate_power)
@@ -117,7 +124,12 @@ def _observe(index, decoder, moe, linears, states, calls, config, report):
             )
             stack.enter_context(observe_layers([moe], moments.update))
         stack.enter_context(linear_moments.observing(linears, moe))
-        outputs = [calls(index, decoder, state) for state in states]
+        outputs = []
+        for state in states:
+            output = calls(index, decoder, state)
+            _check_finite_states(output, name)
+            if config.propagate == "dense":  # otherwise the layer runs again when it is pruned: one copy less to hold
+                outputs.append(output)
     statistics = dict(linear_moments.sums)
     if moe is not None:
         moments.check_finite(moe)
@@ -173,6 +185,10 @@ def _all_token_moments(index, decoder, moe, states, calls, uncovered, hessian) -
 def _prune(moe, linears, statistics, config, report) -> None:
     targets = expert_targets(moe) if moe is not None else []
     targets += [Target(f"{name}.weight", linear.weight.data[None], name) for name, linear in linears.items()]
+    if METHODS[config.method].calibrated:
+        for target in targets:
+            if target.statistic not in statistics:
+                raise InputError(f"{target.name}: the calibration data never reached it, so it cannot be scored.")
     left_dense = set(report.uncovered) if policy(config) == "skip" else set()
     for target in targets:
         moments = statistics.get(target.statistic)
@@ -180,7 +196,7 @@ def _prune(moe, linears, statistics, config, report) -> None:
         if target.expert is not None:
             moments = None if moments is None else moments[target.expert, None]
             dense = {0} if target.expert in dense else set()
-        prune_weights_(target.weight_EOD, moments, config, dense)
+        prune_weights_(target.weight_EOD, moments, config, dense, target.matrices)
         stored = target.weight_EOD if target.weight_EOD.shape[0] > 1 else target.weight_EOD[0]
         report.tensors.append(tensor_report(target.name, stored))
 

@@ -22,19 +22,23 @@ class Target:
         weight_EOD (`torch.Tensor`): A view, `[experts, output, input]`; one "expert" for an ordinary linear layer.
         statistic (`str`): `"hidden"`, `"intermediate"`, or the name of the linear layer.
         expert (`int`, *optional*): The expert, where each has a matrix of its own (`ModuleList`).
+        matrices (`tuple[slice]`): The output rows of each matrix, where several are stored as one (gate and up).
     """
 
     name: str
     weight_EOD: torch.Tensor
     statistic: str
     expert: int | None = None
+    matrices: tuple[slice, ...] = (slice(None),)
 
 
 def expert_targets(layer: MoELayer) -> list[Target]:
     """The matrices of the routed experts."""
     if layer.is_fused:
         return [
-            Target(f"{layer.name}.{projection}", layer.stacked(projection), source)
+            Target(
+                f"{layer.name}.{projection}", layer.stacked(projection), source, matrices=layer.matrices(projection)
+            )
             for projection, source in layer.projections.items()
         ]
     return [

@@ -68,7 +68,7 @@ def _widths(model: nn.Module, layers: list[MoELayer], config: PruningConfig):
         for target in expert_targets(layer):
             yield target.name, target.weight_EOD.shape[-1], target.weight_EOD.dtype
     if config.scope == "all-linear":
-        prefix, decoders = decoder_layers(model)
+        prefix, decoders = decoder_layers(model, layers)
         by_index = {layer.index: layer for layer in layers}
         for index, decoder in enumerate(decoders):
             for name, linear in linear_layers(decoder, f"{prefix}.{index}", by_index.get(index)).items():

@@ -12,7 +12,7 @@ from hf_mlopt.workflows.loading import choose_device, context_length, load_model
 
 
 # Below this, shared boilerplate explains what the two texts have in common.
-_OVERLAP_WARNING = 0.01
+_OVERLAP_WARNING = 0.05
 
 
 @dataclass
@@ -64,7 +64,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> dict:
     checkpoint = resolve_checkpoint(config.model)
     if config.output and Path(config.output).exists():
         raise ConfigurationError("output", config.output, "exists already; name a new file")
-    device = choose_device(config.device)
+    device = choose_device(config.device, checkpoint.weight_bytes or 0)
     tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
     if tokenizer is None:
         raise InputError(f"model={checkpoint.name!r} has no tokenizer; save one beside the weights.")
@@ -95,7 +95,7 @@ def _calibration_overlap(directory: Path, token_ids) -> float | None:
     sketch = json.loads(report.read_text()).get("calibration", {}).get("sketch") if report.is_file() else None
     if not sketch:
         return None
-    shared = overlap(sketch, token_ids)
+    shared = overlap([int(number) for number in sketch.split()], token_ids)
     if shared > _OVERLAP_WARNING:
         logging.get_logger(__name__).warning(
             f"{100 * shared:.0f} % of the calibration text also stands in the evaluation text: this perplexity "

@@ -1,5 +1,6 @@
 """Loading models and tokenizers with errors a user can act on."""
 
+import logging
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from hf_mlopt.hub import Checkpoint, hub_errors
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
@@ -59,12 +62,18 @@ def context_length(config) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def choose_device(device: str) -> "torch.device":
-    """The device a user asked for; `auto` is the first accelerator, else the CPU."""
+def choose_device(device: str, needed_bytes: int = 0) -> "torch.device":
+    """The device a user asked for; `auto` is the first GPU, or the CPU if there is none or it has too little room."""
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        free, _ = torch.cuda.mem_get_info()
+        if needed_bytes < 0.9 * free:
+            return torch.device("cuda")
+        logger.warning(f"{needed_bytes / 1e9:.0f} GB do not fit the GPU ({free / 1e9:.0f} GB free): using the CPU.")
+        return torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:

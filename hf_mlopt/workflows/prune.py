@@ -1,7 +1,8 @@
 """`hf-mlopt prune`: reads a checkpoint, prunes it in memory, writes it with its recipe, report and card."""
 
+import logging
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from hf_mlopt.pruning import PruningReport
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass
 class PruneRecipe(PruningConfig, CalibrationConfig):
     """
@@ -31,6 +35,8 @@ class PruneRecipe(PruningConfig, CalibrationConfig):
         device (`str`, *optional*, defaults to `"auto"`): Where layers are run, one at a time. `auto` is the first
             GPU, else the CPU.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run modeling code of the checkpoint.
+        calibration_fingerprint (`str`, *optional*): Hash of the calibration tokens of an earlier run, as its recipe
+            holds it. Other tokens than those are warned of.
     """
 
     model: str | None = None
@@ -38,6 +44,7 @@ class PruneRecipe(PruningConfig, CalibrationConfig):
     revision: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
+    calibration_fingerprint: str | None = None
 
     def __post_init__(self):
         PruningConfig.__post_init__(self)
@@ -73,10 +80,15 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
     calibration = None
     if METHODS[recipe.method].calibrated:
         calibration = load_calibration(recipe, tokenizer, context_length(config))
+        if recipe.calibration_fingerprint not in (None, calibration.source["fingerprint"]):
+            logger.warning(
+                f"calibration={recipe.calibration!r} gives other tokens than when this recipe was written (the text, "
+                "the tokenizer or, for the embedded text, Python has changed): so will the weights be."
+            )
     model = load_model(checkpoint, recipe.trust_remote_code)
     report = MoEPruner(recipe.pruning).prune(model, calibration and calibration.token_ids, device=device)
     if calibration is not None:
-        report.calibration = {**calibration.source, "sketch": calibration.sketch}
+        report.calibration = calibration_record(calibration)
     return report, write_pruned(model, tokenizer, report, recipe, checkpoint)
 
 
@@ -98,8 +110,13 @@ def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Chec
     report.environment = environment()
     report.model = model_provenance(model, checkpoint.revision)
     record = report.to_dict() | ({"evaluation": evaluation} if evaluation else {})
-    recipe.revision = recipe.revision or checkpoint.revision
-    output, recipe.output = recipe.output, None  # whoever re-runs the recipe names a directory of their own
+    output = recipe.output
+    recipe = replace(
+        recipe,
+        output=None,  # whoever re-runs the recipe names a directory of their own
+        revision=recipe.revision or checkpoint.revision,
+        calibration_fingerprint=report.calibration.get("fingerprint"),
+    )
     card = pruning_card(record, Path(output).resolve().name, command=_command(recipe), license=checkpoint.license)
     provenance = {
         key: record[key] for key in ("method", "sparsity", "pattern", "scope") if record[key] is not None
@@ -141,9 +158,20 @@ def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
     return config
 
 
+def calibration_record(calibration) -> dict:
+    """Provenance of calibration tokens, with the sketch by which `evaluate` finds them again, in one line."""
+    return {**calibration.source, "sketch": " ".join(map(str, calibration.sketch))}
+
+
 def _command(recipe: PruneRecipe) -> str:
-    """The command line that repeats a recipe; fields at their defaults are left out."""
-    words = ["hf-mlopt", "prune", str(recipe.model), "--output", "DIR"]
+    """
+    The command line that repeats a recipe; fields at their defaults are left out. It goes into a card, so of files and
+    directories it gives only the names.
+    """
+    local = {name: getattr(recipe, name) for name in ("model", "calibration")}
+    shown = {name: Path(value).name if Path(value).exists() else value for name, value in local.items()}
+    recipe = replace(recipe, **shown, calibration_fingerprint=None)
+    words = ["hf-mlopt", "prune", recipe.model, "--output", "DIR"]
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         if field.name in ("model", "output") or value == field.default:
