@@ -101,7 +101,8 @@ def _sweep_layer(name, index, decoder, moe, states, calls, config, last) -> Laye
     _prune(moe, linears, statistics, config, report)
     for number in range(0 if last else len(states)):  # nobody reads what the last layer gives
         output = outputs[number] if outputs else calls(index, decoder, states[number])
-        _check_finite_states(output, name)
+        if not _is_finite(output):
+            raise InputError(_not_finite(name))
         states[number] = output
     return report
 
@@ -124,15 +125,18 @@ def _observe(name, index, decoder, moe, linears, states, calls, config, report):
             )
             stack.enter_context(observe_layers([moe], moments.update))
         stack.enter_context(linear_moments.observing(linears, moe))
-        outputs = []
+        outputs, finite = [], True
         for state in states:
             output = calls(index, decoder, state)
-            _check_finite_states(output, name)
+            finite = finite and _is_finite(output)
             if config.propagate == "dense":  # otherwise the layer runs again when it is pruned: one copy less to hold
                 outputs.append(output)
     statistics = dict(linear_moments.sums)
     if moe is not None:
-        moments.check_finite(moe)
+        moments.check_finite(moe)  # names the expert, where it is one
+    if not finite:
+        raise InputError(_not_finite(name))
+    if moe is not None:
         report.tokens_per_expert = moments.sums["tokens"].tolist()
         report.gate_mass = moments.sums["gate_mass"].tolist()
         report.uncovered = uncovered_experts(moments.sums["tokens"], config.min_tokens)
@@ -201,6 +205,10 @@ def _prune(moe, linears, statistics, config, report) -> None:
         report.tensors.append(tensor_report(target.name, stored))
 
 
-def _check_finite_states(state: torch.Tensor, name: str) -> None:
-    if not bool(torch.isfinite(state.sum(dtype=torch.float32))) and not bool(torch.isfinite(state).all()):
-        raise InputError(f"{name}: the output on the calibration data holds NaN or Inf; check checkpoint and dtype.")
+def _is_finite(state: torch.Tensor) -> bool:
+    # A sum is not finite where a value is not; only then is it worth looking at each value.
+    return bool(torch.isfinite(state.sum(dtype=torch.float32))) or bool(torch.isfinite(state).all())
+
+
+def _not_finite(name: str) -> str:
+    return f"{name}: the output on the calibration data holds NaN or Inf; check the checkpoint and its dtype."
