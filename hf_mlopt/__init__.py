@@ -1,11 +1,10 @@
 """Published methods for training and serving under real constraints, in the Hugging Face workflow you already have."""
 
-from importlib import import_module
+from hf_mlopt.lazy import lazy_names
 
 
 __version__ = "0.1.0"
 
-# Public name -> module. Imported on first use, so that `import hf_mlopt` is quick and pulls in no torch.
 _PUBLIC = {
     "MLOptTrainer": "hf_mlopt.training",
     "MLOptTrainingArguments": "hf_mlopt.training",
@@ -18,13 +17,7 @@ _PUBLIC = {
     "perplexity": "hf_mlopt.evaluation",
 }
 
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = lazy_names(__name__, _PUBLIC)
 
 
 def __dir__():

@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 
 # Each room imports only from earlier layers, and from itself. Part of a room may lie lower than the rest of it.
 LAYERS = (
-    {"errors", "configuration", "resources"},
+    {"errors", "configuration", "lazy", "resources"},
     {
         "moe",
         "optimizers",
@@ -31,7 +31,7 @@ LAYERS = (
     {"cli"},
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-BASE = LAYERS[0]  # these three are single modules and may use one another
+BASE = LAYERS[0]  # these four are single modules and may use one another
 
 PUBLIC_NAMES = [
     "MLOptTrainer",

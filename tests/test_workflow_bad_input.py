@@ -300,7 +300,7 @@ def test_activations_that_overflow_name_the_layer(tiny_mixtral, tiny_tokenizer, 
     model.model.layers[1].mlp.experts.gate_up_proj.data.mul_(1e3)
     source = save(model, tiny_tokenizer, tmp_path / "source")
     line = refused_source(source, output, "--sparsity", "0.5", "--method", method, *calibration)
-    mentions(line, "model.layers.1", "NaN or Inf", "check checkpoint and dtype")
+    mentions(line, "model.layers.1", "NaN or Inf", "check the checkpoint and its dtype")
 
 
 def without(name):

@@ -1,6 +1,6 @@
 """Scores, patterns, the calibrated sweep and its report. Light to import: torch comes with the first use."""
 
-from importlib import import_module
+from hf_mlopt.lazy import lazy_names
 
 
 _PUBLIC = {
@@ -11,10 +11,4 @@ _PUBLIC = {
     "validate": "hf_mlopt.pruning.validation",
 }
 
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = lazy_names(__name__, _PUBLIC)

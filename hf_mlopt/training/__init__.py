@@ -1,6 +1,6 @@
 """The Trainer that every method of this package plugs into, its arguments, and callbacks shared by several methods."""
 
-from importlib import import_module
+from hf_mlopt.lazy import lazy_names
 
 
 _PUBLIC = {
@@ -10,10 +10,4 @@ _PUBLIC = {
     "OptimizerEntry": "hf_mlopt.training.optimizer_table",
 }
 
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = lazy_names(__name__, _PUBLIC)
