@@ -1,5 +1,8 @@
 """One step over `Trainer`: the seams that the methods of this package share."""
 
+from functools import cache
+
+import torch
 from transformers import Trainer
 
 from hf_mlopt.errors import ConfigurationError
@@ -70,6 +73,8 @@ class MLOptTrainer(Trainer):
         save_rank_state(self._rank_states, output_dir, self.args.process_index, self.args.world_size)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu":
+            _accept_numbered_cpus()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_rank_state(self._rank_states, checkpoint, self.args.process_index, self.args.world_size)
@@ -82,6 +87,14 @@ class MLOptTrainer(Trainer):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded or not load_converted_weights(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+
+@cache
+def _accept_numbered_cpus() -> None:
+    """Has `torch.load` take `cpu:1`, to which transformers 5.17 maps the optimizer of the second CPU process."""
+    torch.serialization.register_package(
+        0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
 
 
 def _use_cache(model) -> bool | None:
