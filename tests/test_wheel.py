@@ -82,6 +82,6 @@ def test_the_demo_runs_and_writes_its_card(installed):
     assert "written to demo_output" in output
     rows = json.loads((written / "results.json").read_text())["rows"]
     expected = next(row["perplexity"] for row in rows if row["method"] == "moe-pruner" and row["label"] == "50%")
-    card = ModelCard.load(written / "pruned" / "README.md")
+    card = ModelCard.load(written / "mixtral-demo-50" / "README.md")
     assert card.data.eval_results[0].metric_value == round(expected, 4)
     assert "## What was removed" in card.text and "## Limits" in card.text

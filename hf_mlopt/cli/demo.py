@@ -36,5 +36,6 @@ def run(args: argparse.Namespace) -> None:
         f"\n{result['seconds']:.0f} s on {result['environment']['machine']}. A model this small shows that the methods"
     )
     print("work, not which is best: differences of a few per cent change with the seed.")
-    print(f"\nwritten to {args.output}: perplexity.png, results.json, pruned/ (checkpoint with its card), dense/")
+    print(f"\nwritten to {args.output}: perplexity.png, results.json,")
+    print("mixtral-demo-50/ (the pruned checkpoint with its card) and mixtral-demo/ (the dense one)")
     print(_NEXT)

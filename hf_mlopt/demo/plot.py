@@ -34,9 +34,7 @@ def plot(rows: list[dict], dense: float, path: Path, title: str) -> None:
             x, y = zip(*sorted(points), strict=True)
             lines.plot([100 * value for value in x], y, color=colour, marker=marker, label=method)
     lines.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
-    lines.set(xlabel="sparsity of the experts (%)", ylabel="perplexity, held-out text", yscale="log")
-    lines.yaxis.set_major_formatter("{x:.0f}")
-    lines.yaxis.set_minor_formatter("{x:.0f}")
+    lines.set(xlabel="sparsity of the experts (%)", ylabel="perplexity, held-out text")
     lines.legend(frameon=False, fontsize=8)
     structured = [row for row in rows if row["label"] == "2:4"]
     for height, row in enumerate(structured):

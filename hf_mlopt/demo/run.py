@@ -20,7 +20,8 @@ from hf_mlopt.workflows.prune import PruneRecipe, calibration_record, write_prun
 
 
 _RESULTS = "results.json"
-_WRITTEN = {"dense", "pruned", "perplexity.png", _RESULTS}
+DENSE, PRUNED = "mixtral-demo", "mixtral-demo-50"  # what the cards call the models
+_WRITTEN = {DENSE, PRUNED, "perplexity.png", _RESULTS}
 _EMBEDDED = {"calibration": "embedded", "samples": 64, "sequence_length": CONTEXT}
 
 
@@ -39,7 +40,7 @@ SHORT = Budget(steps=4, sparsities=(0.5,), methods=("magnitude", "wanda", "moe-p
 
 def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
     """
-    Runs the demo and writes `output`: `dense/`, `pruned/`, `perplexity.png` and `results.json`.
+    Runs the demo and writes `output`: `mixtral-demo/`, `mixtral-demo-50/`, `perplexity.png` and `results.json`.
 
     Returns:
         `dict`: What `results.json` holds: `dense` perplexity, `rows` (one a variant), `seconds`, `environment`.
@@ -59,10 +60,10 @@ def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
         print(f"training a Mixtral of {model.num_parameters() / 1e6:.1f} M parameters, {budget.steps} steps")
         train(model, tokenizer, budget.steps, seed, str(folder / "scratch"))
         shutil.rmtree(folder / "scratch", ignore_errors=True)
-        model.save_pretrained(folder / "dense")
-        tokenizer.save_pretrained(folder / "dense")
+        model.save_pretrained(folder / DENSE)
+        tokenizer.save_pretrained(folder / DENSE)
 
-        checkpoint = resolve_checkpoint(folder / "dense")
+        checkpoint = resolve_checkpoint(folder / DENSE)
         calibration = load_calibration(CalibrationConfig(**_EMBEDDED, seed=seed), tokenizer, CONTEXT)
         held_out = tokenize_corpus(embedded_corpus("test"), tokenizer)[: CONTEXT * budget.windows]
         dense = perplexity(load_model(checkpoint), held_out, CONTEXT).perplexity
@@ -73,7 +74,12 @@ def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
             if config.method == "moe-pruner" and config.sparsity == 0.5:
                 _write_checkpoint(pruned, tokenizer, checkpoint, target, folder, calibration, seed, dense, row)
             row.pop("report")
-        plot(rows, dense, folder / "perplexity.png", f"A {model.num_parameters() / 1e6:.1f} M Mixtral, seed {seed}")
+        plot(
+            rows,
+            dense,
+            folder / "perplexity.png",
+            f"A Mixtral of {model.num_parameters() / 1e6:.1f} M parameters, trained by the demo, seed {seed}",
+        )
         result = {
             "dense": dense,
             "rows": rows,
@@ -113,8 +119,8 @@ def _prune_and_judge(checkpoint, config, calibration, held_out):
 def _write_checkpoint(model, tokenizer, checkpoint, target, folder, calibration, seed, dense, row) -> None:
     report = copy.copy(row["report"])
     report.calibration = calibration_record(calibration)
-    recipe = PruneRecipe(**_EMBEDDED, seed=seed, sparsity=0.5, model=str(target / "dense"))
-    recipe.output = str(folder / "pruned")
+    recipe = PruneRecipe(**_EMBEDDED, seed=seed, sparsity=0.5, model=str(target / DENSE))
+    recipe.output = str(folder / PRUNED)
     evaluation = {
         "dataset": "pydoc_data.topics (embedded)",
         "split": "test",
@@ -128,7 +134,7 @@ def _write_checkpoint(model, tokenizer, checkpoint, target, folder, calibration,
 
 def table(result: dict) -> str:
     """The 50 % and 2:4 rows beside the dense model, as text."""
-    shown = [row for row in result["rows"] if row["label"] in ("50%", "2:4")]
+    shown = [row for label in ("50%", "2:4") for row in result["rows"] if row["label"] == label]
     lines = [f"{'method':<16} {'pattern':>8} {'zeros':>8} {'perplexity':>11} {'change':>8} {'seconds':>8}"]
     lines.append(f"{'dense':<16} {'':>8} {'0.0 %':>8} {result['dense']:>11.2f} {'':>8} {'':>8}")
     for row in shown:
