@@ -127,3 +127,12 @@ def test_resource_folders_are_found_in_the_package_first(monkeypatch, tmp_path):
     assert resources.resource_dir("recipes") == tmp_path / "recipes"
     (tmp_path / "hf_mlopt" / "recipes").mkdir(parents=True)
     assert resources.resource_dir("recipes") == tmp_path / "hf_mlopt" / "recipes"
+
+
+def test_an_unknown_option_is_named_with_the_one_probably_meant(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["prune", "model", "--sequence-lenght", "3"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == (
+        "hf-mlopt prune: error: unknown argument --sequence-lenght, did you mean --sequence-length?\n"
+    )

@@ -4,6 +4,7 @@ The `hf-mlopt` command. Every module in this folder is a verb: it has `HELP` (on
 """
 
 import argparse
+import difflib
 import logging
 import sys
 from importlib import import_module
@@ -28,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit status: 0 on success, 2 for input that is refused, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = _make_parser(argv).parse_args(argv)
+    args, unknown = _make_parser(argv).parse_known_args(argv)
+    if unknown:
+        _refuse_option(args.parser, unknown[0])
     _show_messages()
     try:
         return args.run(args) or 0
@@ -38,6 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-mlopt {args.verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse_option(parser: argparse.ArgumentParser, word: str) -> None:
+    """Exits with status 2 and the option that was probably meant."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+    hint = f", did you mean {close[0]}?" if close else f"; see {parser.prog} --help"
+    parser.exit(2, f"{parser.prog}: error: unknown argument {word}{hint}\n")
 
 
 def _show_messages() -> None:
@@ -61,5 +72,5 @@ def _make_parser(argv: list[str]) -> argparse.ArgumentParser:
         # Abbreviated options would change their meaning whenever an option is added.
         verb_parser = subparsers.add_parser(verb, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_arguments(verb_parser)
-        verb_parser.set_defaults(run=module.run)
+        verb_parser.set_defaults(run=module.run, parser=verb_parser)
     return parser
