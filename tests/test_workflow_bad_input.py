@@ -162,7 +162,7 @@ def tiny_llama():
 def test_a_dense_model(tiny_tokenizer, calibration, output, no_weights, tmp_path):
     source = save(tiny_llama(), tiny_tokenizer, tmp_path / "source")
     line = refused_source(source, output, "--sparsity", "0.5", "--scope", "experts", *calibration)
-    mentions(line, "scope='experts'", "'llama'", "dense model")
+    mentions(line, "'llama'", "dense model", "give a mixture of experts")
 
 
 @pytest.mark.parametrize("model_type", UNKNOWN_LAYOUTS)

@@ -1,6 +1,5 @@
 """Trains, prunes with every method, evaluates, and leaves a table, a plot and a pruned checkpoint with its card."""
 
-import copy
 import json
 import shutil
 import time
@@ -69,11 +68,10 @@ def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
         dense = perplexity(load_model(checkpoint), held_out, CONTEXT).perplexity
         rows = []
         for config in tqdm(_variants(budget), desc="pruning and evaluating", unit="variant"):
-            pruned, row = _prune_and_judge(checkpoint, config, calibration, held_out)
+            pruned, report, row = _prune_and_judge(checkpoint, config, calibration, held_out)
             rows.append(row)
             if config.method == "moe-pruner" and config.sparsity == 0.5:
-                _write_checkpoint(pruned, tokenizer, checkpoint, target, folder, calibration, seed, dense, row)
-            row.pop("report")
+                _write_checkpoint(pruned, tokenizer, checkpoint, target, folder, calibration, report, seed, dense, row)
         plot(
             rows,
             dense,
@@ -99,7 +97,7 @@ def _variants(budget: Budget) -> list[PruningConfig]:
 
 
 def _prune_and_judge(checkpoint, config, calibration, held_out):
-    """One variant: the pruned model, and its row of the table."""
+    """One variant: the pruned model, its report, and its row of the table."""
     model = load_model(checkpoint)
     report = MoEPruner(config).prune(model, calibration.token_ids, progress=False)
     result = perplexity(model, held_out, CONTEXT)
@@ -111,13 +109,11 @@ def _prune_and_judge(checkpoint, config, calibration, held_out):
         "achieved_sparsity": report.sparsity,
         "seconds": report.seconds,
         "tokens": result.tokens,
-        "report": report,
     }
-    return model, row
+    return model, report, row
 
 
-def _write_checkpoint(model, tokenizer, checkpoint, target, folder, calibration, seed, dense, row) -> None:
-    report = copy.copy(row["report"])
+def _write_checkpoint(model, tokenizer, checkpoint, target, folder, calibration, report, seed, dense, row) -> None:
     report.calibration = calibration_record(calibration)
     recipe = PruneRecipe(**_EMBEDDED, seed=seed, sparsity=0.5, model=str(target / DENSE))
     recipe.output = str(folder / PRUNED)

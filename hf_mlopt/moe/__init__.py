@@ -1,6 +1,6 @@
 """What a mixture-of-experts layer is: finding it in any model, its layout, observing it."""
 
-from hf_mlopt.moe.layers import MoELayer, decoder_layers, describes_experts, moe_layers
+from hf_mlopt.moe.layers import MoELayer, decoder_layers, moe_layers
 from hf_mlopt.moe.observation import observe, observe_layers
 from hf_mlopt.moe.routed_tokens import RoutedTokens
 
@@ -9,7 +9,6 @@ __all__ = [
     "MoELayer",
     "RoutedTokens",
     "decoder_layers",
-    "describes_experts",
     "moe_layers",
     "observe",
     "observe_layers",

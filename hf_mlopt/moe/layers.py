@@ -85,11 +85,6 @@ def text_config(model: nn.Module):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def describes_experts(config) -> bool:
-    """Whether a configuration speaks of more than one expert."""
-    return (_config_value(config, _EXPERT_COUNT_KEYS) or 0) > 1
-
-
 def _config_value(config, keys) -> int | None:
     for holder in (config, getattr(config, "ffn_config", None)):
         for key in keys:
@@ -131,14 +126,16 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
             "experts with a linear router."
         )
     if not layers:
-        if describes_experts(config):
+        if (_config_value(config, _EXPERT_COUNT_KEYS) or 0) > 1:
             named = next((name for name in modules if "expert" in name.rpartition(".")[2]), "no module named experts")
             raise InputError(
                 f"model type {model_type!r} has {_config_value(config, _EXPERT_COUNT_KEYS)} experts in a layout "
                 f"that is not understood ({named}); understood are transformers' fused experts and a ModuleList of "
                 "experts."
             )
-        raise InputError(f"model type {model_type!r} has no mixture-of-experts layer: it is a dense model.")
+        raise InputError(
+            f"model type {model_type!r} is a dense model, with no experts in it; give a mixture of experts."
+        )
     _refuse_ambiguous(layers)
     return sorted(layers, key=lambda layer: layer.index)
 

@@ -26,6 +26,7 @@ from hf_mlopt.pruning.report import LayerReport, tensor_report
 from hf_mlopt.pruning.scores import METHODS
 from hf_mlopt.pruning.states import LayerCalls
 from hf_mlopt.pruning.targets import LinearMoments, Target, expert_targets, linear_layers
+from hf_mlopt.pruning.validation import is_finite
 
 
 class LayerSource(Protocol):
@@ -101,7 +102,7 @@ def _sweep_layer(name, index, decoder, moe, states, calls, config, last) -> Laye
     _prune(moe, linears, statistics, config, report)
     for number in range(0 if last else len(states)):  # nobody reads what the last layer gives
         output = outputs[number] if outputs else calls(index, decoder, states[number])
-        if not _is_finite(output):
+        if not is_finite(output):
             raise InputError(_not_finite(name))
         states[number] = output
     return report
@@ -128,7 +129,7 @@ def _observe(name, index, decoder, moe, linears, states, calls, config, report):
         outputs, finite = [], True
         for state in states:
             output = calls(index, decoder, state)
-            finite = finite and _is_finite(output)
+            finite = finite and is_finite(output)
             if config.propagate == "dense":  # otherwise the layer runs again when it is pruned: one copy less to hold
                 outputs.append(output)
     statistics = dict(linear_moments.sums)
@@ -203,11 +204,6 @@ def _prune(moe, linears, statistics, config, report) -> None:
         prune_weights_(target.weight_EOD, moments, config, dense, target.matrices)
         stored = target.weight_EOD if target.weight_EOD.shape[0] > 1 else target.weight_EOD[0]
         report.tensors.append(tensor_report(target.name, stored))
-
-
-def _is_finite(state: torch.Tensor) -> bool:
-    # A sum is not finite where a value is not; only then is it worth looking at each value.
-    return bool(torch.isfinite(state.sum(dtype=torch.float32))) or bool(torch.isfinite(state).all())
 
 
 def _not_finite(name: str) -> str:

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from hf_mlopt.errors import ConfigurationError, InputError
-from hf_mlopt.moe import MoELayer, decoder_layers, describes_experts, moe_layers
-from hf_mlopt.moe.layers import text_config
+from hf_mlopt.moe import MoELayer, decoder_layers, moe_layers
 from hf_mlopt.moe.observation import delegate_name
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.patterns import num_pruned
@@ -23,13 +22,6 @@ def validate(model: nn.Module, config: PruningConfig) -> list[MoELayer]:
         InputError: For a dense model, an unknown layout of experts, a quantized checkpoint, or a pattern that does
             not fit the input width of a tensor (which is named).
     """
-    architecture = text_config(model)
-    if not describes_experts(architecture) and not _has_experts(model):
-        raise ConfigurationError(
-            "scope",
-            config.scope,
-            f"model type {getattr(architecture, 'model_type', None)!r} is a dense model, with no experts to prune",
-        )
     layers = moe_layers(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError("the checkpoint is quantized (quantization_config); prune the unquantized weights.")
@@ -53,14 +45,14 @@ def validate(model: nn.Module, config: PruningConfig) -> list[MoELayer]:
 def check_finite_weights(model: nn.Module) -> None:
     """Raises `InputError` naming the first parameter that holds NaN or Inf."""
     for name, parameter in model.named_parameters():
-        # A sum is not finite where a value is not; only then is it worth looking at each value.
-        if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
+        if not is_finite(parameter):
             raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
 
 
-def _has_experts(model: nn.Module) -> bool:
-    return any(hasattr(module, "is_transposed") or isinstance(module, nn.ModuleList) and "experts" in name
-               for name, module in model.named_modules())  # fmt: skip
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor is free of NaN and Inf."""
+    # A sum is not finite where a value is not; only then is it worth looking at each value.
+    return bool(torch.isfinite(value.sum(dtype=torch.float32))) or bool(torch.isfinite(value).all())
 
 
 def _widths(model: nn.Module, layers: list[MoELayer], config: PruningConfig):
