@@ -9,10 +9,17 @@ from hf_mlopt.moe import moe_layers, observe
 from hf_mlopt.moe.all_tokens import intermediate_on_all_tokens
 from tests.families import ALL_FAMILIES, FUSED_FAMILIES, ListBlock, make_family, token_ids
 from tests.reference.pruning import expert_intermediate
+from tests.reference.removal import expert_output, norm
 
 
 def ignore(_layer, _routed):
     pass
+
+
+def list_output(experts, expert, x):
+    y = experts[expert].double()(x)
+    experts[expert].float()
+    return y
 
 
 @torch.no_grad()
@@ -27,14 +34,15 @@ def list_intermediate(experts, expert, x):
     return h
 
 
+@pytest.mark.parametrize("output_norms", (False, True), ids=("", "norms"))
 @pytest.mark.parametrize("implementation", ("grouped_mm", "batched_mm"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("name", FUSED_FAMILIES)
-def test_logits_are_bit_identical(name, dtype, implementation):
+def test_logits_are_bit_identical(name, dtype, implementation, output_norms):
     model, ids, seen = make_family(name, dtype), token_ids(3, 12), []
     model.set_experts_implementation(implementation)
     before = logits(model, ids)
-    with observe(model, lambda layer, routed: seen.append(layer.index)) as observation:
+    with observe(model, lambda layer, routed: seen.append(layer.index), output_norms) as observation:
         during = logits(model, ids)
     assert torch.equal(before, during) and moe_layers(model)[0].experts.down_proj.dtype == dtype
     assert torch.equal(before, logits(model, ids))
@@ -42,11 +50,12 @@ def test_logits_are_bit_identical(name, dtype, implementation):
     assert observation.implementation == implementation == model.config._experts_implementation
 
 
+@pytest.mark.parametrize("output_norms", (False, True), ids=("", "norms"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-def test_logits_are_bit_identical_with_experts_in_a_list(dtype):
+def test_logits_are_bit_identical_with_experts_in_a_list(dtype, output_norms):
     model, ids, seen = make_family("module_list", dtype), token_ids(3, 12), []
     before = logits(model, ids)
-    with observe(model, lambda layer, routed: seen.append(layer.index)) as observation:
+    with observe(model, lambda layer, routed: seen.append(layer.index), output_norms) as observation:
         assert torch.equal(before, logits(model, ids))
     assert seen == [0, 1] and observation.implementation == "module_list"
 
@@ -110,11 +119,11 @@ def test_config_saved_during_observation_does_not_mention_it(tmp_path):
 @pytest.mark.parametrize("implementation", ("grouped_mm", "batched_mm"))
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_rows_pair_with_expert_token_and_gate(name, implementation):
-    """Every row of the intermediate activations is what its expert makes of its token, slot by slot."""
+    """Every row is what its expert makes of its token, slot by slot: the intermediate activations, and the norms."""
     model, seen = make_family(name), {}
     if name != "module_list":
         model.set_experts_implementation(implementation)
-    with observe(model, lambda layer, routed: seen.update({layer: routed})):
+    with observe(model, lambda layer, routed: seen.update({layer: routed}), output_norms=True):
         logits(model, token_ids(2, 6))
     for layer, routed in seen.items():
         slots = sorted(zip(routed.token_S.tolist(), routed.expert_S.tolist(), routed.gate_S.tolist(), strict=True))
@@ -128,6 +137,9 @@ def test_rows_pair_with_expert_token_and_gate(name, implementation):
                 brute = list_intermediate if name == "module_list" else expert_intermediate
                 h = brute(layer.experts, expert, x)
                 torch.testing.assert_close(routed.intermediate_SI[slot].double(), h, rtol=1e-4, atol=1e-5)
+                y = (list_output if name == "module_list" else expert_output)(layer.experts, expert, x)
+                assert float(routed.output_norm_S[slot]) == pytest.approx(norm(y), rel=1e-5)
+        assert routed.output_norm_S.dtype == torch.float32 and len(routed.output_norm_S) == len(slots)
 
 
 @pytest.mark.parametrize("name", FUSED_FAMILIES)
@@ -210,9 +222,11 @@ def test_an_expert_on_all_tokens(name):
     torch.testing.assert_close(actual_TI.double(), expected_TI, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_flow_through_an_observed_model():
+@pytest.mark.parametrize("output_norms", (False, True))
+def test_gradients_flow_through_an_observed_model(output_norms):
     """Observation is also used while a model trains."""
-    model, ids = make_family("mixtral").train(), token_ids(2, 8)
-    with observe(model, ignore):
+    model, ids, norms = make_family("mixtral").train(), token_ids(2, 8), []
+    with observe(model, lambda layer, routed: norms.append(routed.output_norm_S), output_norms):
         model(ids, labels=ids).loss.backward()
+    assert [value is not None and not value.requires_grad for value in norms] == [output_norms] * 2
     assert all(layer.experts.down_proj.grad.abs().sum() > 0 for layer in moe_layers(model))

@@ -26,7 +26,8 @@ def empty(layer, **settings):
 def observed(model, batches, masks=None, **settings):
     """Moments of every layer, by index."""
     moments = {layer.index: empty(layer, **settings) for layer in moe_layers(model)}
-    with torch.no_grad(), observe(model, lambda layer, routed: moments[layer.index].update(layer, routed)):
+    norms = settings.get("output_norms", False)
+    with torch.no_grad(), observe(model, lambda layer, routed: moments[layer.index].update(layer, routed), norms):
         for number, batch in enumerate(batches):
             model(batch, attention_mask=None if masks is None else masks[number])
     return moments
@@ -112,7 +113,8 @@ def test_hessians_equal_brute_force_and_hold_the_moments(name, gate_power):
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_splitting_batches_changes_nothing_but_rounding(name, hessian):
     model, ids = make_family(name), token_ids(6, 16)
-    whole, split = (observed(model, ids.split(size), gate_power=1.0, hessian=hessian) for size in (6, 1))
+    settings = {"gate_power": 1.0, "hessian": hessian, "output_norms": True}
+    whole, split = (observed(model, ids.split(size), **settings) for size in (6, 1))
     assert len(whole) == 2
     for index in whole:
         assert_sums_close(whole[index], split[index], rtol=2e-5)  # the forward passes differ in their last bits
@@ -122,8 +124,9 @@ def test_splitting_batches_changes_nothing_but_rounding(name, hessian):
 @pytest.mark.parametrize("hessian", (False, True))
 def test_two_halves_merge_to_the_whole(hessian):
     model, halves = make_family("mixtral"), token_ids(6, 16).split(3)
-    whole = observed(model, halves, gate_power=1.0, hessian=hessian)
-    first, second = (observed(model, [half], gate_power=1.0, hessian=hessian) for half in halves)
+    settings = {"gate_power": 1.0, "hessian": hessian, "output_norms": True}
+    whole = observed(model, halves, **settings)
+    first, second = (observed(model, [half], **settings) for half in halves)
     for index in whole:
         untouched = copy.deepcopy(second[index].sums)
         merged = first[index].merge(second[index])
@@ -162,12 +165,12 @@ def test_what_stands_in_padding_never_changes_the_moments(name, hessian):
     mask = torch.ones_like(ids)
     mask[0, 7:], mask[2, 3:] = 0, 0
     other = torch.where(mask.bool(), ids, 2)
-    left, right = (observed(model, [each], [mask], gate_power=1.0, hessian=hessian) for each in (ids, other))
+    settings = {"gate_power": 1.0, "hessian": hessian, "output_norms": True}
+    left, right = (observed(model, [each], [mask], **settings) for each in (ids, other))
     counted = {index: int(moments.sums["tokens"].sum()) for index, moments in left.items()}
     assert set(counted.values()) == {2 * int(mask.sum())}
     # Without padding, one sequence at a time
-    bare = observed(model, [row[keep.bool()][None] for row, keep in zip(ids, mask, strict=True)],
-                    gate_power=1.0, hessian=hessian)  # fmt: skip
+    bare = observed(model, [row[keep.bool()][None] for row, keep in zip(ids, mask, strict=True)], **settings)
     for index in left:
         # Padding is routed too, and the size of a group moves the last bit of its product.
         assert_sums_close(left[index], right[index], rtol=2e-6)
@@ -188,6 +191,7 @@ def synthetic(gate, tokens=200, experts=4, seed=0):
         token_S=token_S,
         gate_S=weight_TK.flatten(),
         intermediate_SI=torch.randn(tokens * 2, 16, generator=generator),
+        output_norm_S=torch.rand(tokens * 2, generator=generator),
     )
 
 
@@ -231,7 +235,8 @@ def test_scaling_the_gate_per_expert_leaves_the_mask(factors):
 def test_sum_to_one_divides_by_the_gates_of_a_token():
     routed = synthetic(lambda weight, index: weight)
     normal = synthetic(lambda weight, index: weight / weight.sum(dim=-1, keepdim=True))
-    left, right = sums(routed, gate_power=1.0, normalize_gate=True), sums(normal, gate_power=1.0)
+    left = sums(routed, gate_power=1.0, normalize_gate=True, output_norms=True)
+    right = sums(normal, gate_power=1.0, output_norms=True)
     for key in left:
         torch.testing.assert_close(left[key], right[key], rtol=1e-5, atol=0)
 
@@ -240,7 +245,7 @@ def test_foreign_experts_are_left_out():
     """Expert parallelism routes tokens of other ranks to indices from `num_experts` on."""
     routed = synthetic(lambda weight, index: weight, experts=6)
     for hessian in (False, True):
-        found = sums(routed, gate_power=1.0, hessian=hessian)
+        found = sums(routed, gate_power=1.0, hessian=hessian, output_norms=True)
         inside = routed.topk_index_TK < 4
         assert found["tokens"].tolist() == [int((routed.topk_index_TK == expert).sum()) for expert in range(4)]
         assert float(found["gate_mass"].sum()) == pytest.approx(float(routed.topk_weight_TK[inside].sum()), rel=1e-6)
@@ -249,6 +254,8 @@ def test_foreign_experts_are_left_out():
             value_SI = gate_S[:, None] * routed.intermediate_SI[routed.expert_S == expert]
             total = value_SI.T @ value_SI if hessian else value_SI.square().sum(dim=0).double()
             torch.testing.assert_close(found["intermediate"][expert], total, rtol=1e-4, atol=1e-4)
+            norms = gate_S.double() @ routed.output_norm_S[routed.expert_S == expert].double()
+            assert float(found["output_norm"][expert]) == pytest.approx(float(norms), rel=1e-12)
 
 
 @pytest.mark.parametrize("steps", (1, 3, 2048))
@@ -282,4 +289,45 @@ def test_non_finite_activations_are_refused_by_name(source):
     moments.check_finite(layer)
     moments.update(layer, routed)
     with pytest.raises(InputError, match=message):
+        moments.check_finite(layer)
+
+
+@pytest.mark.parametrize("gate_power", (0.0, 1.0, 2.0))
+def test_norms_are_weighted_by_the_gate_whatever_its_power(gate_power):
+    routed = synthetic(lambda weight, index: weight)
+    found = sums(routed, gate_power=gate_power, output_norms=True)["output_norm"]
+    expected = [0.0] * 4
+    for e, g, norm in zip(
+        routed.expert_S.tolist(), routed.gate_S.tolist(), routed.output_norm_S.tolist(), strict=True
+    ):
+        expected[e] += g * norm
+    assert found.dtype == torch.float64 and found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_norms_are_summed_only_where_asked_for():
+    routed = synthetic(lambda weight, index: weight)
+    assert "output_norm" not in sums(routed)
+    routed.output_norm_S = None
+    with pytest.raises(AssertionError, match="output_norms=True"):
+        sums(routed, output_norms=True)
+
+
+@pytest.mark.parametrize("hessian", (False, True))
+def test_moments_of_the_experts_that_are_kept(hessian):
+    routed = synthetic(lambda weight, index: weight)
+    before = sums(routed, gate_power=1.0, hessian=hessian, output_norms=True)
+    moments = ExpertMoments(4, {"hidden": 24, "intermediate": 16}, gate_power=1.0, hessian=hessian, output_norms=True)
+    moments.update(None, routed)
+    assert moments.keep_([1, 3]) is moments and moments.num_experts == 2
+    for key, value in moments.sums.items():
+        assert torch.equal(value, before[key] if key.startswith("layer_") else before[key][[1, 3]]), key
+    moments.check_finite(None)
+
+
+def test_a_norm_that_is_not_finite_is_refused_by_name():
+    layer, routed = moe_layers(make_family("mixtral"))[0], synthetic(lambda weight, index: weight)
+    routed.output_norm_S[int((routed.expert_S == 2).nonzero()[0])] = float("inf")
+    moments = ExpertMoments(4, {"hidden": 24, "intermediate": 16}, output_norms=True)
+    moments.update(layer, routed)
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts: the output activations of expert 2"):
         moments.check_finite(layer)

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_mlopt.moe import decoder_layers, moe_layers
 from hf_mlopt.pruning import PruningConfig
-from hf_mlopt.pruning.states import capture
+from hf_mlopt.pruning.states import LayerCalls, States, embed
 from hf_mlopt.pruning.sweep import InMemory, sweep
 from tests.families import ALL_FAMILIES, make_family, token_ids
 from tests.pruned import METHODS, PATTERNS, prune, routed_by, same, snapshot
@@ -76,7 +76,8 @@ def sweep_states(model, batches, **settings):
     moe, device = moe_layers(model), torch.device("cpu")
     prefix, layers = decoder_layers(model, moe)
     last = copy.deepcopy(layers[-1])
-    states, calls = capture(model, layers, batches, device)
+    calls = LayerCalls()
+    states = States(embed(model, layers, batches, device, calls))
     sweep(InMemory(prefix, layers, moe, device), states, calls, config, iter)
     # The sweep leaves the input of the last layer: nobody reads its output.
     last = layers[-1] if config.propagate == "pruned" else last

@@ -89,10 +89,12 @@ def test_a_linear_that_is_never_reached_is_named():
 
 def test_the_layer_is_handed_back_when_something_fails(monkeypatch):
     stored = []
-    monkeypatch.setattr("hf_mlopt.pruning.sweep.InMemory.store", lambda self, index: stored.append(index))
+    monkeypatch.setattr(
+        "hf_mlopt.pruning.sweep.InMemory.store", lambda self, index, changed=True: stored.append((index, changed))
+    )
     with pytest.raises(InputError, match="min_tokens"):
         prune(make_family("mixtral"), min_tokens=10_000, on_uncovered="error")
-    assert stored == [0]
+    assert stored == [(0, False)]
 
 
 @pytest.mark.parametrize("name", ("mixtral", "gpt_oss"))

@@ -17,7 +17,7 @@ from tests.test_moe_layers import LLAMA4
         ("sparsity", {"sparsity": -0.1}, r"\[0, 1\)"),
         ("sparsity", {"sparsity": 50}, r"\[0, 1\)"),
         ("sparsity", {"sparsity": float("nan")}, r"\[0, 1\)"),
-        ("sparsity", {}, "neither is given"),
+        ("sparsity", {}, "none is given"),
         ("sparsity", {"sparsity": 0.5, "pattern": "2:4"}, "both are given"),
         ("sparsity", {"sparsity": 0.0, "pattern": "2:4"}, "both are given"),
         *(("pattern", {"pattern": text}, "N:M with 0 < N < M")

@@ -111,7 +111,7 @@ def test_sparsity_that_is_no_number(source, calibration, output, no_weights):
 
 @pytest.mark.parametrize(
     "words, problem",
-    [([], "neither is given"), (["--sparsity", "0.5", "--pattern", "2:4"], "both are given")],
+    [([], "none is given"), (["--sparsity", "0.5", "--pattern", "2:4"], "both are given")],
 )
 def test_both_or_neither_of_sparsity_and_pattern(source, calibration, output, no_weights, words, problem):
     line = refused_source(source, output, *calibration, *words)

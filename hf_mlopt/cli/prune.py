@@ -16,12 +16,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="Recipe in YAML; options on the command line win over it.")
     add_fields(parser, PruneRecipe, exclude=("model",))
+    parser.add_argument(
+        "--in-memory",
+        dest="stream",
+        action="store_const",
+        const=False,
+        default=argparse.SUPPRESS,
+        help="Load the whole model, also where it seems not to fit.",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     given = arguments_given(args, PruneRecipe)
     recipe = load_config(PruneRecipe, args.config, _without_rival(given))
-    what = recipe.calibration if recipe.method != "magnitude" else "nothing"
+    what = recipe.calibration if recipe.needs_calibration else "nothing"
     print(f"pruning {recipe.model}: {recipe.method} {recipe.label}, scope {recipe.scope}, calibrated on {what}")
     report, output = prune_checkpoint(recipe)
     print(report)

@@ -109,6 +109,7 @@ def pruning_card(report: dict, name: str, *, command: str | None = None, license
         "ranking": ranking,
         "pattern": _pattern(report),
         "projections": _projections(report["layers"]),
+        "experts": _experts(report["layers"]),
         "coverage": _coverage(report["layers"]),
         "calibration": calibration,
         "evaluation": evaluation,
@@ -130,11 +131,23 @@ def _eval_result(row: dict) -> "EvalResult":
     )
 
 
-def _pattern(report: dict) -> str:
+def _experts(layers: list[dict]) -> dict | None:
+    """How many experts of a layer stay of how many, and which; None if none was removed."""
+    shrunk = [layer for layer in layers if layer.get("kept_experts")]
+    if not shrunk:
+        return None
+    first = shrunk[0]
+    return {"kept": len(first["kept_experts"]), "all": len(first["expert_scores"]), "layers": shrunk}
+
+
+def _pattern(report: dict) -> str | None:
+    if report["pattern"] is None and report["sparsity"] is None:
+        return None
     if report["pattern"]:
         kept, group = map(int, report["pattern"].split(":"))
         return f"{group - kept} of every {group} consecutive inputs of a row ({report['pattern']})"
-    return f"{_percent(report['sparsity'])} of every row"
+    by_expert = {"load": " on average over the experts of a layer", "owl": " on average over the layers"}
+    return f"{_percent(report['sparsity'])} of every row{by_expert.get(report.get('allocation'), '')}"
 
 
 def _projections(layers: list[dict]) -> list[dict]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub.output import check_output, staged_output
 from hf_mlopt.hub.provenance import is_local_name
+from hf_mlopt.moe.names import EXPERT_COUNT_KEYS
 
 
 if TYPE_CHECKING:
@@ -162,16 +163,70 @@ def save_checkpoint(
     with staged_output(output) as directory:
         with _plain_conversions(model):
             model.save_pretrained(directory, max_shard_size="5GB", save_original_format=True)
-        copied = _copy_from(source, directory) if source else []
-        if tokenizer is not None and ("tokenizer_config.json" not in copied or _has_code(directory)):
-            tokenizer.save_pretrained(directory)
-        _finish_config(directory / "config.json", record, source)
-        for name, content in (files or {}).items():
-            if callable(content):
-                content(directory / name)
-            else:
-                (directory / name).write_text(content, encoding="utf-8")
+        complete_checkpoint(directory, tokenizer, provenance=record, files=files, source=source)
     return output
+
+
+def complete_checkpoint(
+    directory: Path, tokenizer, *, provenance: dict, files=None, source: Path | None = None
+) -> None:
+    """
+    Puts everything but the weights and the raw `config.json` into a directory, see [`save_checkpoint`].
+
+    Args:
+        directory (`Path`): Holds `config.json` and the weights already.
+        tokenizer, provenance, files, source: As in [`save_checkpoint`].
+    """
+    copied = _copy_from(source, directory) if source else []
+    if tokenizer is not None and ("tokenizer_config.json" not in copied or _has_code(directory)):
+        tokenizer.save_pretrained(directory)
+    _finish_config(directory / "config.json", provenance, source)
+    for name, content in (files or {}).items():
+        if callable(content):
+            content(directory / name)
+        else:
+            (directory / name).write_text(content, encoding="utf-8")
+
+
+def copy_config(source: Path, directory: Path, num_experts: int | None = None) -> None:
+    """
+    Takes `config.json`, and the modeling code beside it, over from the original, as its readers know it.
+
+    Args:
+        source (`Path`), directory (`Path`): Of the original and of the new checkpoint.
+        num_experts (`int`, *optional*): The new number of routed experts, where some were removed.
+    """
+    config = _read_config(source)
+    if num_experts is not None:
+        for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
+            holder |= {key: num_experts for key in EXPERT_COUNT_KEYS if isinstance(holder.get(key), int)}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in source.glob("*.py"):
+        shutil.copyfile(file, directory / file.name)
+
+
+def safetensors_files(checkpoint: Checkpoint) -> list[Path]:
+    """
+    The weight files of a checkpoint; those of the Hub are fetched into its cache.
+
+    Raises:
+        InputError: If the weights are not in safetensors files.
+    """
+    if checkpoint.revision is not None:
+        from huggingface_hub import snapshot_download
+
+        with hub_errors(checkpoint.name):
+            patterns = ["model*.safetensors", "*.py"]
+            snapshot_download(
+                checkpoint.name, revision=checkpoint.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+    files = _weight_files(checkpoint.directory)
+    if any(file.suffix != ".safetensors" for file in files):
+        raise InputError(
+            f"model={checkpoint.name!r}: its weights are in {files[0].name}, which cannot be read layer by layer; "
+            "convert it to safetensors, or use --in-memory if it fits"
+        )
+    return files
 
 
 @contextmanager

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from hf_mlopt.errors import InputError
+from hf_mlopt.moe.names import EXPERT_COUNT_KEYS, TOP_K_KEYS
 
 
 _ROUTER_NAMES = ("gate", "router")
-_EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +125,10 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
             "experts with a linear router."
         )
     if not layers:
-        if (_config_value(config, _EXPERT_COUNT_KEYS) or 0) > 1:
+        if (_config_value(config, EXPERT_COUNT_KEYS) or 0) > 1:
             named = next((name for name in modules if "expert" in name.rpartition(".")[2]), "no module named experts")
             raise InputError(
-                f"model type {model_type!r} has {_config_value(config, _EXPERT_COUNT_KEYS)} experts in a layout "
+                f"model type {model_type!r} has {_config_value(config, EXPERT_COUNT_KEYS)} experts in a layout "
                 f"that is not understood ({named}); understood are transformers' fused experts and a ModuleList of "
                 "experts."
             )
@@ -183,7 +182,7 @@ def _fused_layer(name: str, module: nn.Module, parent: nn.Module, config) -> MoE
         experts=module,
         router=_router(name, parent),
         num_experts=module.down_proj.shape[0],
-        top_k=_config_value(config, _TOP_K_KEYS),
+        top_k=_config_value(config, TOP_K_KEYS),
         projections={up: "hidden", "down_proj": "intermediate"},
     )
 
@@ -222,14 +221,14 @@ def _module_list_layer(name: str, module: nn.ModuleList, parent: nn.Module, conf
         experts=module,
         router=_router(name, parent),
         num_experts=len(module),
-        top_k=_config_value(config, _TOP_K_KEYS),
+        top_k=_config_value(config, TOP_K_KEYS),
         projections={key: "intermediate" if key == down[0] else "hidden" for key in linears},
     )
 
 
 def _looks_like_experts(module: nn.Module, config) -> bool:
     """A stack of matrices, one an expert, in a module nobody above recognised."""
-    count = _config_value(config, _EXPERT_COUNT_KEYS)
+    count = _config_value(config, EXPERT_COUNT_KEYS)
     return bool(count) and any(
         parameter.ndim == 3 and parameter.shape[0] == count and min(parameter.shape[1:]) > 1
         for parameter in module.parameters(recurse=False)

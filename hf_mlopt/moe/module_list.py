@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe.layers import MoELayer
-from hf_mlopt.moe.routed_tokens import Observation, Observer, RoutedTokens
+from hf_mlopt.moe.routed_tokens import Observation, Observer, RoutedTokens, row_norms
 
 
 def _softmax_topk(logits_TE: torch.Tensor, top_k: int):
@@ -32,9 +32,11 @@ _ROUTING_RULES = (_softmax_topk_normalised, _softmax_topk)
 
 
 @contextmanager
-def observe_module_list(layer: MoELayer, observer: Observer, observation: Observation) -> Iterator[None]:
+def observe_module_list(
+    layer: MoELayer, observer: Observer, observation: Observation, output_norms: bool = False
+) -> Iterator[None]:
     """Calls `observer(layer, routed_tokens)` after each forward pass of the block."""
-    recorder = _Recorder(layer, observer, observation)
+    recorder = _Recorder(layer, observer, observation, output_norms)
     down = next(name for name, reads in layer.projections.items() if reads == "intermediate")
     handles = [
         layer.router.register_forward_hook(recorder.router),
@@ -56,8 +58,9 @@ def observe_module_list(layer: MoELayer, observer: Observer, observation: Observ
 class _Recorder:
     """Keeps what the hooks of one block saw until the block has finished."""
 
-    def __init__(self, layer: MoELayer, observer: Observer, observation: Observation):
+    def __init__(self, layer: MoELayer, observer: Observer, observation: Observation, output_norms: bool):
         self.layer, self.observer, self.observation = layer, observer, observation
+        self.output_norms = output_norms
         self.rule = None
         self.clear()
 
@@ -110,8 +113,9 @@ class _Recorder:
             return None
         gate_S = weight_TK.reshape(-1)[order_S]
         intermediate_SI = torch.cat([self.intermediates[number] for number in called])
-        mask_T = self.observation.token_mask
-        return RoutedTokens(self.hidden_TH, index_TK, weight_TK, expert_S, token_S, gate_S, intermediate_SI, mask_T)
+        norm_S = torch.cat([row_norms(self.outputs[number]) for number in called]) if self.output_norms else None
+        slots = expert_S, token_S, gate_S, intermediate_SI
+        return RoutedTokens(self.hidden_TH, index_TK, weight_TK, *slots, self.observation.token_mask, norm_S)
 
     def _explains(self, routed: RoutedTokens, output_TH: torch.Tensor) -> bool:
         output_SH = torch.cat([self.outputs[number] for number in sorted(self.outputs) if len(self.outputs[number])])

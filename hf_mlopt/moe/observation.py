@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe.layers import MoELayer, moe_layers
 from hf_mlopt.moe.module_list import observe_module_list
-from hf_mlopt.moe.routed_tokens import Observation, Observer, RoutedTokens
+from hf_mlopt.moe.routed_tokens import Observation, Observer, RoutedTokens, row_norms
 
 
 # An eager body hides the input of `down_proj`, so an eager model is observed through batched_mm.
@@ -25,19 +25,20 @@ _DELEGATES = {"grouped_mm": "grouped_mm", "batched_mm": "batched_mm", "eager": "
 
 
 @contextmanager
-def observe(model: nn.Module, observer: Observer) -> Iterator[Observation]:
+def observe(model: nn.Module, observer: Observer, output_norms: bool = False) -> Iterator[Observation]:
     """
     Calls `observer(layer, routed_tokens)` at every forward pass of every mixture-of-experts layer of `model`.
 
     Logits are bit-identical to those without observation (a model that runs `eager` is observed through `batched_mm`
     and is bit-identical to that). Whatever implementation was active is restored, also after an exception. Tokens that
-    a 2-D `attention_mask` excludes are marked in `RoutedTokens.token_mask_T`.
+    a 2-D `attention_mask` excludes are marked in `RoutedTokens.token_mask_T`. With `output_norms` the norms of the
+    experts' outputs are given too; this costs memory, the experts' input times top-k.
 
     Raises:
         InputError: If the model has no mixture of experts that is understood, or runs an experts implementation that
             cannot be observed.
     """
-    with observe_layers(moe_layers(model), observer) as observation:
+    with observe_layers(moe_layers(model), observer, output_norms) as observation:
         handle = model.register_forward_pre_hook(observation.note_padding, with_kwargs=True)
         try:
             yield observation
@@ -46,26 +47,32 @@ def observe(model: nn.Module, observer: Observer) -> Iterator[Observation]:
 
 
 @contextmanager
-def observe_layers(layers: list[MoELayer], observer: Observer) -> Iterator[Observation]:
+def observe_layers(layers: list[MoELayer], observer: Observer, output_norms: bool = False) -> Iterator[Observation]:
     """Like `observe`, for given layers, whose decoder layers the caller runs; padding is the caller's to note."""
     fused = {layer.experts: layer for layer in layers if layer.is_fused}
     delegates = {experts: delegate_name(layer) for experts, layer in fused.items()}
     observation = Observation("+".join(sorted(set(delegates.values()))) or "module_list")
 
     def observed(experts, hidden_TH, topk_index_TK, topk_weight_TK):
+        forward = ALL_EXPERTS_FUNCTIONS[delegates[experts]]
+        order_S, norm_S = slot_order(delegates[experts], topk_index_TK), None
         with capture_intermediate(experts) as captured:
-            output_TH = ALL_EXPERTS_FUNCTIONS[delegates[experts]](experts, hidden_TH, topk_index_TK, topk_weight_TK)
-        slots = slot_order(delegates[experts], topk_index_TK, topk_weight_TK)
+            if output_norms:
+                output_TH, norm_S = _forward_by_slot(forward, experts, hidden_TH, topk_index_TK, topk_weight_TK)
+                norm_S = norm_S[order_S]
+            else:
+                output_TH = forward(experts, hidden_TH, topk_index_TK, topk_weight_TK)
+        expert_S, gate_S = topk_index_TK.reshape(-1)[order_S], topk_weight_TK.reshape(-1)[order_S]
+        slots = expert_S, order_S // topk_index_TK.shape[-1], gate_S, captured[0]
         mask_T = observation.token_mask
-        routed = RoutedTokens(hidden_TH, topk_index_TK, topk_weight_TK, *slots, captured[0], mask_T)
-        observer(fused[experts], routed)
+        observer(fused[experts], RoutedTokens(hidden_TH, topk_index_TK, topk_weight_TK, *slots, mask_T, norm_S))
         return output_TH
 
     with ExitStack() as stack:
         stack.enter_context(_switched(list(fused), observed))
         for layer in layers:
             if not layer.is_fused:
-                stack.enter_context(observe_module_list(layer, observer, observation))
+                stack.enter_context(observe_module_list(layer, observer, observation, output_norms))
         yield observation
 
 
@@ -80,15 +87,29 @@ def delegate_name(layer: MoELayer) -> str:
     return _DELEGATES[active]
 
 
-def slot_order(implementation: str, topk_index_TK: torch.Tensor, topk_weight_TK: torch.Tensor):
-    """Expert, token and gate of every row the implementation computes, in its order: `(expert_S, token_S, gate_S)`."""
-    expert_S, gate_S = topk_index_TK.reshape(-1), topk_weight_TK.reshape(-1)
+def slot_order(implementation: str, topk_index_TK: torch.Tensor) -> torch.Tensor:
+    """The place in the flattened top-k of every row the implementation computes, in its order, `[slots]`."""
+    expert_S = topk_index_TK.reshape(-1)
     if implementation == "grouped_mm":
-        expert_S, order_S = torch.sort(expert_S)
-        gate_S = gate_S[order_S]
-    else:
-        order_S = torch.arange(expert_S.numel(), device=expert_S.device)
-    return expert_S, order_S // topk_index_TK.shape[-1], gate_S
+        return torch.sort(expert_S)[1]
+    return torch.arange(len(expert_S), device=expert_S.device)
+
+
+def _forward_by_slot(forward, experts, hidden_TH, topk_index_TK, topk_weight_TK):
+    """
+    The experts' output, bit for bit that of `forward`, and the norm of what each expert made of a token, `[slots]` in
+    the order of the flattened top-k.
+
+    Every slot becomes a token of its own, sent to one expert with weight one. The list of experts is the same, so the
+    implementations sort and multiply the same rows; only weighing and summing is left to be done as they do it.
+    """
+    num_tokens, top_k = topk_index_TK.shape
+    index_S1 = topk_index_TK.reshape(-1, 1)
+    ones_S1 = torch.ones_like(index_S1, dtype=hidden_TH.dtype)
+    output_SH = forward(experts, hidden_TH.repeat_interleave(top_k, dim=0), index_S1, ones_S1)
+    weighted_SH = output_SH * topk_weight_TK.reshape(-1, 1)  # in float32 where the router's weights are
+    output_TH = weighted_SH.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
+    return output_TH, row_norms(output_SH)
 
 
 class SeenEnough(Exception):

@@ -22,6 +22,8 @@ class RoutedTokens:
         expert_S, token_S, gate_S (`torch.Tensor`): Expert, token and router weight of each row of `intermediate_SI`.
         intermediate_SI (`torch.Tensor`): Input of the down projection, `[tokens * top-k, intermediate]`.
         token_mask_T (`torch.Tensor`, *optional*): False where padding; None if there is no padding.
+        output_norm_S (`torch.Tensor`, *optional*): Euclidean norm of each row's expert output before the router weight
+            is applied, float32; None unless asked for.
     """
 
     hidden_TH: torch.Tensor
@@ -32,6 +34,12 @@ class RoutedTokens:
     gate_S: torch.Tensor
     intermediate_SI: torch.Tensor
     token_mask_T: torch.Tensor | None = None
+    output_norm_S: torch.Tensor | None = None
+
+
+def row_norms(output_SH: torch.Tensor) -> torch.Tensor:
+    """The `output_norm_S` of expert outputs."""
+    return torch.linalg.vector_norm(output_SH.detach(), dim=-1, dtype=torch.float32)
 
 
 Observer = Callable[[MoELayer, RoutedTokens], None]

@@ -2,7 +2,7 @@
 
 # E experts   O output features   D input features
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ def prune_weights_(
     config: PruningConfig,
     dense: Collection[int] = (),
     matrices: tuple[slice, ...] = (slice(None),),
+    sparsities: Sequence[float] | torch.Tensor | None = None,
 ) -> None:
     """
     Prunes `[experts, output, input]` weights in place.
@@ -34,30 +35,60 @@ def prune_weights_(
         config (`PruningConfig`): Method and pattern.
         dense (`Collection[int]`, *optional*): Experts to leave as they are.
         matrices (`tuple[slice]`, *optional*): The output rows of each matrix stored in `weight_EOD`.
+        sparsities (`Sequence[float]` or `torch.Tensor`, *optional*): A sparsity for each expert, `[experts]`, in place
+            of the one of `config`; a tensor must be float64.
+
+    Raises:
+        ValueError: If `sparsities` are not one per expert, not float64, or given with an N:M pattern.
     """
     method = METHODS[config.method]
+    if sparsities is not None:
+        sparsities = _one_per_expert(sparsities, len(weight_EOD), config)
     if not method.row_local and len(matrices) > 1:
         for rows in matrices:
-            prune_weights_(weight_EOD[:, rows], moments, config, dense)
+            prune_weights_(weight_EOD[:, rows], moments, config, dense, sparsities=sparsities)
         return
-    for experts, rows in _chunks(weight_EOD, method.hessian, method.row_local):
-        chunk_EOD = weight_EOD[experts, rows]
-        moments_E = None if moments is None else moments[experts]
-        if method.hessian:
-            updated_EOD, pruned_EOD = sparsegpt(chunk_EOD, moments_E, config.sparsity, config.n_of_m)
-        else:
-            pruned_EOD = select(method.score(chunk_EOD, moments_E), config.sparsity, config.n_of_m)
-        for expert in set(dense) & set(range(experts.start, experts.stop)):
-            pruned_EOD[expert - experts.start] = False
+    for experts, rows in chunks(weight_EOD, method.hessian, method.row_local):
+        for sparsity, members in _equal_sparsity(experts, config.sparsity, sparsities):
+            index = members if isinstance(members, list) else experts
+            part_EOD = weight_EOD[index, rows]
+            moments_E = None if moments is None else moments[index]
             if method.hessian:
-                updated_EOD[expert - experts.start] = chunk_EOD[expert - experts.start].float()
-        if method.hessian:
-            chunk_EOD.copy_(updated_EOD)
-        else:
-            chunk_EOD.masked_fill_(pruned_EOD, 0.0)
+                updated_EOD, pruned_EOD = sparsegpt(part_EOD, moments_E, sparsity, config.n_of_m)
+            else:
+                pruned_EOD = select(method.score(part_EOD, moments_E), sparsity, config.n_of_m)
+            for place in [members.index(expert) for expert in set(dense) & set(members)]:
+                pruned_EOD[place] = False
+                if method.hessian:
+                    updated_EOD[place] = part_EOD[place].float()
+            if method.hessian:
+                part_EOD.copy_(updated_EOD)
+            else:
+                part_EOD.masked_fill_(pruned_EOD, 0.0)
+            if isinstance(index, list):
+                weight_EOD[index, rows] = part_EOD  # indexed by a list it is a copy, not a view
 
 
-def _chunks(weight_EOD: torch.Tensor, hessian: bool, row_local: bool) -> Iterator[tuple[slice, slice]]:
+def _one_per_expert(sparsities, num_experts: int, config: PruningConfig) -> list[float]:
+    if isinstance(sparsities, torch.Tensor) and sparsities.dtype != torch.float64:
+        raise ValueError(f"sparsities are {sparsities.dtype}, in which 0.29 of 100 weights is 28: give float64")
+    sparsities = sparsities.tolist() if isinstance(sparsities, torch.Tensor) else list(sparsities)
+    if len(sparsities) != num_experts:
+        raise ValueError(f"{len(sparsities)} sparsities for {num_experts} experts: give one for each")
+    if config.n_of_m is not None:
+        raise ValueError(f"sparsities={sparsities} and pattern={config.pattern!r}: a pattern leaves no choice")
+    return sparsities
+
+
+def _equal_sparsity(experts: slice, sparsity: float | None, sparsities: list[float] | None):
+    """Yields each sparsity of a chunk with the experts that have it: a range if all do, otherwise a list."""
+    members = range(experts.start, experts.stop)
+    found = {sparsity} if sparsities is None else set(sparsities[experts])
+    for value in sorted(found):
+        yield value, members if len(found) == 1 else [expert for expert in members if sparsities[expert] == value]
+
+
+def chunks(weight_EOD: torch.Tensor, hessian: bool, row_local: bool) -> Iterator[tuple[slice, slice]]:
     """Slices of experts and of output rows; rows are split only where a single expert exceeds a chunk."""
     num_experts, outputs, width = weight_EOD.shape
     # Hessians: factors of a few experts at once, for batched operations without the memory of all.

@@ -17,8 +17,16 @@ class PruningConfig:
 
     Args:
         method (`str`, *optional*, defaults to `"moe-pruner"`): Score that decides which weights go.
-        sparsity (`float`, *optional*): Fraction of every output row to remove, in [0, 1). Give this or `pattern`.
+        sparsity (`float`, *optional*): Fraction of every output row to remove, in [0, 1). Give this or `pattern`,
+            or neither with `drop_experts`.
         pattern (`str`, *optional*): N:M pattern such as `2:4`, N weights kept of every M consecutive inputs.
+        allocation (`str`, *optional*, defaults to `"uniform"`): `uniform` removes `sparsity` from every row, `load`
+            more from experts of a layer that matter less to it, `owl` less from layers with more outliers; both
+            keep the total.
+        drop_experts (`float`, *optional*, defaults to 0.0): Fraction of the experts of every layer that are removed
+            as a whole, before weights of the others are.
+        drop_score (`str`, *optional*, defaults to `"reap"`): Experts with the lowest mean of router weight times
+            norm of the output go (`reap`), or those that are sent the fewest tokens (`frequency`).
         scope (`str`, *optional*, defaults to `"experts"`): `experts` prunes the routed experts, `all-linear` also
             attention, shared experts and dense MLPs. Router, embeddings and head are never pruned.
         propagate (`str`, *optional*, defaults to `"pruned"`): Whether the next layer is calibrated on the output of
@@ -38,6 +46,9 @@ class PruningConfig:
     method: Method = "moe-pruner"
     sparsity: float | None = None
     pattern: str | None = None
+    allocation: Literal["uniform", "load", "owl"] = "uniform"
+    drop_experts: float = 0.0
+    drop_score: Literal["reap", "frequency"] = "reap"
     scope: Literal["experts", "all-linear"] = "experts"
     propagate: Literal["pruned", "dense"] = "pruned"
     gate_power: float = 1.0
@@ -50,23 +61,40 @@ class PruningConfig:
         for field, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, field) not in get_args(kind):
                 raise ConfigurationError(field, getattr(self, field), f"must be one of {', '.join(get_args(kind))}")
-        for field in ("sparsity", "gate_power", "min_tokens", "batch_size"):
+        for field in ("sparsity", "drop_experts", "gate_power", "min_tokens", "batch_size"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise ConfigurationError(field, value, "must be a number")
-        if (self.sparsity is None) == (self.pattern is None):
-            given = "neither is given" if self.sparsity is None else "both are given"
-            raise ConfigurationError("sparsity", self.sparsity, f"give either sparsity or pattern, {given}")
+        if not 0 <= self.drop_experts < 1:
+            raise ConfigurationError("drop_experts", self.drop_experts, "must be in [0, 1), e.g. 0.25")
+        if self.sparsity is not None and self.pattern is not None:
+            raise ConfigurationError("sparsity", self.sparsity, "give either sparsity or pattern, both are given")
+        if not self.prunes_weights and not self.drop_experts:
+            raise ConfigurationError("sparsity", None, "give sparsity, pattern or drop_experts, none is given")
+        if self.allocation != "uniform" and not self.sparsity:
+            raise ConfigurationError("allocation", self.allocation, "needs a sparsity above 0, and no pattern")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ConfigurationError("sparsity", self.sparsity, "must be in [0, 1), e.g. 0.5")
         if self.pattern is not None:
             self.n_of_m  # noqa: B018  (raises when malformed)
+        if self.allocation == "owl" and self.sparsity > 0.95:
+            raise ConfigurationError("sparsity", self.sparsity, "must be at most 0.95 with allocation='owl'")
         if not 0 <= self.gate_power <= 16:
             raise ConfigurationError("gate_power", self.gate_power, "must be in [0, 16]; 0 ignores the router")
         if self.min_tokens < 0:
             raise ConfigurationError("min_tokens", self.min_tokens, "must be at least 0; 0 turns the guard off")
         if self.batch_size < 1:
             raise ConfigurationError("batch_size", self.batch_size, "must be at least 1")
+
+    @property
+    def prunes_weights(self) -> bool:
+        """Whether single weights are removed, not only experts."""
+        return self.sparsity is not None or self.pattern is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether activations are read."""
+        return self.method != "magnitude" or self.drop_experts > 0 or self.allocation == "owl"
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -81,5 +109,8 @@ class PruningConfig:
 
     @property
     def label(self) -> str:
-        """`"50%"` or `"2:4"`."""
-        return self.pattern or f"{100 * self.sparsity:g}%"
+        """`"50%"`, `"2:4"`, `"25% fewer experts"` or `"25% fewer experts, 50%"`."""
+        parts = [f"{100 * self.drop_experts:g}% fewer experts"] if self.drop_experts else []
+        if self.prunes_weights:
+            parts.append(self.pattern or f"{100 * self.sparsity:g}%")
+        return ", ".join(parts)

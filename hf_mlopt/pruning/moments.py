@@ -29,12 +29,25 @@ class ExpertMoments:
         gate_power (`float`): γ; 0 counts every routed token once.
         hessian (`bool`): Whether to keep full second moments.
         normalize_gate (`bool`): Whether to divide router weights by their sum over the experts of a token.
+        output_norms (`bool`): Whether to sum router weight times norm of the expert's output, as
+            [REAP](https://huggingface.co/papers/2510.13999) scores experts; needs `RoutedTokens.output_norm_S`.
         device: Where the sums live.
     """
 
-    # `sums` holds: tokens [E], gate_mass [E], hidden and intermediate [E, D] or [E, D, D], and of all tokens of the
-    # layer without router weights: layer_tokens [], layer_hidden [D] or [D, D].
-    def __init__(self, num_experts, sizes, *, gate_power=0.0, hessian=False, normalize_gate=False, device="cpu"):
+    # `sums` holds: tokens [E], gate_mass [E], hidden and intermediate [E, D] or [E, D, D], if asked for
+    # output_norm [E], and of all tokens of the layer without router weights: layer_tokens [], layer_hidden [D] or
+    # [D, D].
+    def __init__(
+        self,
+        num_experts,
+        sizes,
+        *,
+        gate_power=0.0,
+        hessian=False,
+        normalize_gate=False,
+        output_norms=False,
+        device="cpu",
+    ):
         self.num_experts, self.gate_power = num_experts, gate_power
         self.hessian, self.normalize_gate = hessian, normalize_gate
         # Diagonals are small and summed in float64; Hessians are large and summed in float32.
@@ -47,6 +60,8 @@ class ExpertMoments:
             "layer_hidden": torch.zeros(shape["hidden"], dtype=dtype, device=device),
             **{key: torch.zeros((num_experts, *shape[key]), dtype=dtype, device=device) for key in shape},
         }
+        if output_norms:
+            self.sums["output_norm"] = torch.zeros(num_experts, dtype=torch.float64, device=device)
 
     def update(self, _layer: MoELayer, routed: RoutedTokens) -> None:
         """Adds one forward pass; padding tokens count for nothing. Has the signature of an observer."""
@@ -62,6 +77,8 @@ class ExpertMoments:
             square_TK, square_S = square_TK * real_T[:, None], square_S * real_T[routed.token_S]
 
         self._count(routed, weight_TK, real_T)
+        if "output_norm" in self.sums:
+            self._add_output_norms(routed, gate_S, real_T)
         if self.hessian:
             hidden_SH = routed.hidden_TH[routed.token_S]
             add_grouped_outer(self.sums["hidden"], hidden_SH, routed.expert_S, square_S)
@@ -91,6 +108,21 @@ class ExpertMoments:
         self.sums["gate_mass"] += counts[1, :-1]
         self.sums["layer_tokens"] += real_T.sum().long()
 
+    def _add_output_norms(self, routed: RoutedTokens, gate_S: torch.Tensor, real_T: torch.Tensor) -> None:
+        assert routed.output_norm_S is not None, "observe with output_norms=True"
+        value_S = gate_S.double() * routed.output_norm_S * real_T[routed.token_S]
+        # A token meets an expert once: each value has a place of its own, and the sum has one order on every device.
+        value_TE = torch.zeros(len(real_T), self.num_experts + 1, dtype=torch.float64, device=value_S.device)
+        value_TE[routed.token_S, routed.expert_S.clamp(max=self.num_experts)] = value_S
+        self.sums["output_norm"] += value_TE[:, :-1].sum(dim=0)
+
+    def keep_(self, experts: list[int]) -> "ExpertMoments":
+        """Forgets all experts but the given ones, which are numbered anew in the order given; in place."""
+        self.num_experts = len(experts)
+        for key in [key for key in self.sums if not key.startswith("layer_")]:
+            self.sums[key] = self.sums[key][experts]  # one at a time: the old sums of a Hessian are large
+        return self
+
     def merge(self, other: "ExpertMoments") -> "ExpertMoments":
         """Adds the sums of another batch or rank."""
         for key, value in other.sums.items():
@@ -99,12 +131,14 @@ class ExpertMoments:
 
     def check_finite(self, layer: MoELayer) -> None:
         """Raises `InputError` naming layer, tensor and expert where an activation was not finite."""
-        for source in ("hidden", "intermediate"):
-            sums = self.sums[source].flatten(1).sum(dim=1)
+        for source in ("hidden", "intermediate", "output_norm"):
+            if source not in self.sums:
+                continue
+            sums = self.sums[source].reshape(self.num_experts, -1).sum(dim=1)
             if not bool(torch.isfinite(sums).all()):
-                expert = int((~torch.isfinite(sums)).nonzero()[0])
+                expert, what = int((~torch.isfinite(sums)).nonzero()[0]), source.partition("_")[0]
                 raise InputError(
-                    f"{layer.name}: the {source} activations of expert {expert} hold NaN or Inf on the calibration "
+                    f"{layer.name}: the {what} activations of expert {expert} hold NaN or Inf on the calibration "
                     "data; check the checkpoint and its dtype."
                 )
 

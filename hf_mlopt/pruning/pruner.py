@@ -14,12 +14,15 @@ from hf_mlopt.errors import InputError
 from hf_mlopt.moe import MoELayer, decoder_layers
 from hf_mlopt.moe.layers import text_config
 from hf_mlopt.moe.observation import delegate_name
+from hf_mlopt.pruning import ranks
 from hf_mlopt.pruning.batches import as_batches
 from hf_mlopt.pruning.config import PruningConfig
-from hf_mlopt.pruning.report import PruningReport, totals
-from hf_mlopt.pruning.scores import METHODS
-from hf_mlopt.pruning.states import LayerCalls, capture
-from hf_mlopt.pruning.sweep import InMemory, sweep
+from hf_mlopt.pruning.kept import num_kept
+from hf_mlopt.pruning.outliers import layer_sparsities
+from hf_mlopt.pruning.removal import adopt_config_, smaller_model
+from hf_mlopt.pruning.report import LayerReport, PruningReport, num_parameters, totals
+from hf_mlopt.pruning.states import LayerCalls, States, embed
+from hf_mlopt.pruning.sweep import InMemory, Journal, LayerSource, device_of, sweep
 from hf_mlopt.pruning.validation import check_finite_weights, validate
 
 
@@ -43,9 +46,21 @@ class MoEPruner:
     def __init__(self, config: PruningConfig):
         self.config = config
 
-    def prune(self, model: nn.Module, calibration=None, *, device=None, progress: bool = True) -> PruningReport:
+    def prune(
+        self,
+        model: nn.Module,
+        calibration=None,
+        *,
+        device=None,
+        progress: bool = True,
+        source: LayerSource | None = None,
+        journal: Journal | None = None,
+    ) -> PruningReport:
         """
         Prunes `model` in place.
+
+        Under `accelerate launch` or `torchrun` every process runs its share of the calibration data and ends with the
+        same weights.
 
         Args:
             model (`PreTrainedModel`): A causal language model with experts. It keeps its devices and training mode.
@@ -54,6 +69,8 @@ class MoEPruner:
             device (`str` or `torch.device`, *optional*): Where layers are run, one at a time; the model's own device
                 by default.
             progress (`bool`, *optional*, defaults to `True`): Whether to show a bar over the layers.
+            source (`LayerSource`, *optional*): Where the weights of the decoder layers are, if not in `model`.
+            journal (`Journal`, *optional*): Notes what is done and knows what was.
 
         Raises:
             InputError: For anything that cannot be pruned; before any forward pass, except activations that turn out
@@ -62,37 +79,89 @@ class MoEPruner:
         """
         started = time.perf_counter()
         moe = validate(model, self.config)
-        calibrated = METHODS[self.config.method].calibrated
+        calibrated, parameters = self.config.needs_calibration, num_parameters(model)
         if calibrated and calibration is None:
-            raise InputError(f"method={self.config.method!r} needs calibration data; only magnitude does without.")
-        _refuse_offloaded(model)
+            raise InputError(
+                f"method={self.config.method!r} needs calibration data; only magnitude does without, if no expert is "
+                "removed and allocation is not owl."
+            )
         batches = as_batches(calibration, self.config.batch_size, text_config(model)) if calibrated else []
+        if 0 < len(batches) < ranks.world_size():
+            raise InputError(
+                f"calibration has {len(batches)} batches for {ranks.world_size()} processes; lower batch_size (now "
+                f"{self.config.batch_size}) or give more samples."
+            )
+        batches = ranks.my_share(batches)
         _refuse_gathering(moe, batches)
-        check_finite_weights(model)
+        prefix, layers = decoder_layers(model, moe)
+        if source is None:
+            _refuse_offloaded(model)
+            check_finite_weights(model)
+            device = torch.device(device) if device is not None else device_of(layers)
+            source = InMemory(prefix, layers, moe, device, with_fewer_experts(model, moe, self.config))
         if self.config.sparsity == 0:
             logger.warning("sparsity=0 removes nothing: the weights stay as they are.")
-        prefix, layers = decoder_layers(model, moe)
-        device = torch.device(device) if device is not None else next(layers.parameters()).device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         training = {module: module.training for module in model.modules()}
         model.eval()  # router jitter and dropout would disturb the statistics
         try:
-            states, calls = capture(model, layers, batches, device) if batches else ([], LayerCalls())
-            bar = partial(tqdm, desc=f"pruning {self.config.label}", unit="layer", disable=None if progress else True)
-            reports = sweep(InMemory(prefix, layers, moe, device), states, calls, self.config, bar)
+            reports = self._sweep(model, layers, batches, device, source, journal, progress)
+            if isinstance(source, InMemory) and source.smaller is not None:
+                adopt_config_(model, source.smaller)
         finally:
-            for module, mode in training.items():
-                module.training = mode
+            for module in model.modules():
+                module.training = training.get(module, training[model])
         return PruningReport(
             config=self.config,
             experts_implementation="+".join(sorted({delegate_name(layer) for layer in moe if layer.is_fused}))
             or "module_list",
             layers=reports,
-            totals=totals(model, reports),
+            totals=totals(source.smaller if source.smaller is not None else model, reports, parameters),
             seconds=time.perf_counter() - started,
             peak_memory_bytes=_peak_memory(device),
         )
+
+    def _sweep(self, model, layers, batches, device, source, journal, progress) -> list[LayerReport]:
+        def bar(indices, what=f"pruning {self.config.label}"):
+            hidden = None if progress and ranks.rank() == 0 else True
+            return tqdm(indices, desc=what, unit="layer", initial=indices.start, total=len(layers), disable=hidden)
+
+        def first_states():
+            return _first_states(model, layers, batches, device, source, journal)
+
+        def measure_outliers():
+            states, calls = first_states()
+            return layer_sparsities(source, states, calls, self.config, partial(bar, what="measuring outliers"))
+
+        sparsities = None
+        if self.config.allocation == "owl":
+            sparsities = journal.remembered("owl", measure_outliers) if journal is not None else measure_outliers()
+        states, calls = first_states()
+        return sweep(source, states, calls, self.config, bar, journal, sparsities)
+
+
+def with_fewer_experts(model: nn.Module, moe: list[MoELayer], config: PruningConfig) -> nn.Module | None:
+    """The model that is left when experts are removed, on the meta device; None if all stay."""
+    if not config.drop_experts:
+        return None
+    return smaller_model(model, num_kept(moe[0].num_experts, config.drop_experts))
+
+
+def _first_states(model, layers, batches, device, source, journal):
+    """The states the sweep begins with, and how the layers are called."""
+    calls = LayerCalls()
+    if not batches:
+        return States(), calls
+    with source.embedding():
+        if journal is None:
+            return States(embed(model, layers, batches, device, calls)), calls
+        if journal.reports:  # only the calls are wanted, and those follow from the shape
+            shapes = {tuple(batch.shape): batch for batch in batches}
+            list(embed(model, layers, list(shapes.values()), device, calls))
+            return journal.saved_states(device), calls
+        shapes = [tuple(batch.shape) for batch in batches]
+        return journal.first_states(embed(model, layers, batches, device, calls), shapes, device), calls
 
 
 def _refuse_offloaded(model: nn.Module) -> None:

@@ -22,7 +22,10 @@ class LayerReport:
         tensors (`list[dict]`): `name`, `shape` and `sparsity` of every pruned parameter.
         tokens_per_expert (`list[int]`): Calibration tokens routed to each expert; empty without calibration.
         gate_mass (`list[float]`): Sum of the router weights of those tokens.
-        uncovered (`list[int]`): Experts below `min_tokens`, treated by `on_uncovered`.
+        uncovered (`list[int]`): Experts below `min_tokens`, treated by `on_uncovered`; without those removed.
+        kept_experts (`list[int]`): The original numbers of the experts that stay; empty if none was removed.
+        expert_scores (`list[float]`): By which they were chosen, per original expert.
+        sparsity_per_expert (`list[float]`): Under `allocation="load"`, of the experts that stay.
         seconds (`float`): Wall time.
     """
 
@@ -32,6 +35,9 @@ class LayerReport:
     tokens_per_expert: list[int] = field(default_factory=list)
     gate_mass: list[float] = field(default_factory=list)
     uncovered: list[int] = field(default_factory=list)
+    kept_experts: list[int] = field(default_factory=list)
+    expert_scores: list[float] = field(default_factory=list)
+    sparsity_per_expert: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -44,8 +50,8 @@ class PruningReport:
         config (`PruningConfig`): What was asked for.
         experts_implementation (`str`): The implementation calibration ran on.
         layers (`list[LayerReport]`): In order of the decoder layers.
-        totals (`dict`): `parameters` of the model, `pruned_parameters` in the scope, `zeros` among those,
-            `sparsity_of_scope` and `sparsity_of_model`.
+        totals (`dict`): `parameters` of the model as it is now, `removed_parameters` of experts that went,
+            `pruned_parameters` in the scope, `zeros` among those, `sparsity_of_scope` and `sparsity_of_model`.
         seconds (`float`): Wall time of the sweep.
         peak_memory_bytes (`int`): Peak resident memory of the process, or peak allocation on the accelerator.
         calibration, model, environment (`dict`): Provenance, filled in by who knows it.
@@ -83,11 +89,20 @@ class PruningReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.config.method} {self.config.label}, scope {self.config.scope}: "
-            f"{100 * self.sparsity:.2f} % of {self.totals['pruned_parameters']:,} weights in scope are zero, "
-            f"{100 * self.totals['sparsity_of_model']:.2f} % of the model, in {self.seconds:.1f} s"
-        ]
+        lines = []
+        if self.config.drop_experts:
+            first = next(layer for layer in self.layers if layer.kept_experts)
+            lines.append(
+                f"{len(first.tokens_per_expert) - len(first.kept_experts)} of {len(first.tokens_per_expert)} experts "
+                f"of every layer removed by {self.config.drop_score}, {self.totals['removed_parameters']:,} parameters"
+            )
+        if self.config.prunes_weights:
+            lines.append(
+                f"{self.config.method} {self.config.label}, scope {self.config.scope}: "
+                f"{100 * self.sparsity:.2f} % of {self.totals['pruned_parameters']:,} weights in scope are zero, "
+                f"{100 * self.totals['sparsity_of_model']:.2f} % of the model"
+            )
+        lines[-1] += f", in {self.seconds:.1f} s"
         for index, experts in self.uncovered.items():
             lines.append(f"  layer {index}: experts {experts} with fewer than {max(self.config.min_tokens, 1)} tokens")
         return "\n".join(lines)
@@ -99,16 +114,22 @@ def tensor_report(name: str, weight: torch.Tensor) -> dict:
     return {"name": name, "shape": list(weight.shape), "zeros": zeros, "sparsity": zeros / weight.numel()}
 
 
-def totals(model: nn.Module, layers: list[LayerReport]) -> dict:
+def totals(model: nn.Module, layers: list[LayerReport], parameters_before: int) -> dict:
     """Sums over the report's tensors, against the size of the model."""
     tensors = [tensor for layer in layers for tensor in layer.tensors]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = num_parameters(model)
     in_scope = sum(torch.Size(tensor["shape"]).numel() for tensor in tensors)
     zeros = sum(tensor["zeros"] for tensor in tensors)
     return {
         "parameters": parameters,
+        "removed_parameters": parameters_before - parameters,
         "pruned_parameters": in_scope,
         "zeros": zeros,
-        "sparsity_of_scope": zeros / in_scope,
+        "sparsity_of_scope": zeros / in_scope if in_scope else 0.0,
         "sparsity_of_model": zeros / parameters,
     }
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -12,6 +12,19 @@ from hf_mlopt.errors import InputError
 from hf_mlopt.moe.observation import SeenEnough
 
 
+class States(list):
+    """
+    The input of the current layer for every batch, `[batch, length, hidden]`; the sweep replaces each by what it has
+    become. `~streaming.states.DiskStates` does the same on disk.
+    """
+
+    def advance(self) -> None:
+        """All of them are the input of the next layer now."""
+
+    def forget_earlier(self) -> None:
+        """Nobody will go back to an earlier layer."""
+
+
 class LayerCalls:
     """
     Calls one decoder layer at a time as the model would.
@@ -37,21 +50,22 @@ class LayerCalls:
         return output[0] if isinstance(output, tuple) else output
 
 
-def capture(model: nn.Module, layers: nn.ModuleList, batches: list[torch.Tensor], device: torch.device):
+def embed(
+    model: nn.Module, layers: nn.ModuleList, batches: list[torch.Tensor], device: torch.device, calls: LayerCalls
+) -> Iterator[torch.Tensor]:
     """
-    Embeds the batches and records how the model calls its decoder layers.
+    Embeds batches one after the other and records how the model calls its decoder layers.
 
     Args:
-        model (`nn.Module`): The model, in evaluation mode.
+        model (`nn.Module`): The model, in evaluation mode; the decoder layers need no weights.
         layers (`nn.ModuleList`): Its decoder layers.
         batches (`list[torch.Tensor]`): Token ids, `[batch, length]`.
         device (`torch.device`): Where the states go.
+        calls (`LayerCalls`): Is told the arguments of every layer for every shape of batch.
 
     Returns:
-        `tuple[list[torch.Tensor], LayerCalls]`: The input of the first layer for every batch, `[batch, length,
-        hidden]`, and the calls.
+        `Iterator[torch.Tensor]`: The input of the first layer for each batch, `[batch, length, hidden]`.
     """
-    calls, states = LayerCalls(), []
     home = model.get_input_embeddings().weight.device
     for batch in batches:
         # Some models scale or normalise the embedding before the first layer, so the model itself embeds.
@@ -61,8 +75,7 @@ def capture(model: nn.Module, layers: nn.ModuleList, batches: list[torch.Tensor]
             recorded = _record(model, layers, batch.to(home))
             _refuse_content(recorded, _record(model, layers, batch.flip(-1).to(home)), model)
             calls.record(batch.shape, [(args, kwargs) for _, args, kwargs in recorded])
-        states.append(recorded[0][0].to(device))
-    return states, calls
+        yield recorded[0][0].to(device)
 
 
 def _refuse_content(recorded, of_other_tokens, model) -> None:

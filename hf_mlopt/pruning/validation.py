@@ -6,8 +6,10 @@ from torch import nn
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.moe import MoELayer, decoder_layers, moe_layers
 from hf_mlopt.moe.observation import delegate_name
+from hf_mlopt.pruning.allocation import sparsity_grid
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.patterns import num_pruned
+from hf_mlopt.pruning.removal import refuse_removal
 from hf_mlopt.pruning.targets import expert_targets, linear_layers
 
 
@@ -39,6 +41,10 @@ def validate(model: nn.Module, config: PruningConfig) -> list[MoELayer]:
     for layer in layers:
         if layer.is_fused:
             delegate_name(layer)
+        if config.allocation == "load":
+            sparsity_grid(config.sparsity, {target.weight_EOD.shape[-1] for target in expert_targets(layer)})
+    if config.drop_experts:
+        refuse_removal(model, layers, config.drop_experts)
     return layers
 
 

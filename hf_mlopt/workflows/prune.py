@@ -1,4 +1,4 @@
-"""`hf-mlopt prune`: reads a checkpoint, prunes it in memory, writes it with its recipe, report and card."""
+"""`hf-mlopt prune`: reads a checkpoint, prunes it, writes it with its recipe, report and card."""
 
 import logging
 import shlex
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_IN_MEMORY_FACTOR = 1.6  # what saving with transformers takes, in units of the weights
+
 
 @dataclass
 class PruneRecipe(PruningConfig, CalibrationConfig):
@@ -37,6 +39,13 @@ class PruneRecipe(PruningConfig, CalibrationConfig):
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run modeling code of the checkpoint.
         calibration_fingerprint (`str`, *optional*): Hash of the calibration tokens of an earlier run, as its recipe
             holds it. Other tokens than those are warned of.
+        stream (`bool`, *optional*): Whether to read, prune and write one decoder layer at a time instead of loading
+            the model. By default only if the model does not fit in memory.
+        resume (`bool`, *optional*, defaults to `False`): Go on with a streamed run that was interrupted.
+        offload_states (`str`, *optional*): Directory where the calibration states of a streamed run live instead of
+            in memory.
+        save_states_every (`int`, *optional*, defaults to 4): Layers of a streamed run after which the states are
+            saved to go on from. Offloaded states are there after every layer.
     """
 
     model: str | None = None
@@ -45,10 +54,20 @@ class PruneRecipe(PruningConfig, CalibrationConfig):
     device: str = "auto"
     trust_remote_code: bool = False
     calibration_fingerprint: str | None = None
+    stream: bool | None = None
+    resume: bool = False
+    offload_states: str | None = None
+    save_states_every: int = 4
 
     def __post_init__(self):
         PruningConfig.__post_init__(self)
         CalibrationConfig.__post_init__(self)
+        if self.save_states_every < 1:
+            raise ConfigurationError("save_states_every", self.save_states_every, "must be at least 1")
+        if self.stream is False and self.resume:
+            raise ConfigurationError(
+                "resume", True, "only a streamed run can be gone on with, so not with --in-memory"
+            )
 
     @property
     def pruning(self) -> PruningConfig:
@@ -58,7 +77,7 @@ class PruneRecipe(PruningConfig, CalibrationConfig):
 
 def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
     """
-    Carries out a recipe; nothing is written unless all of it succeeds.
+    Carries out a recipe; nothing that looks finished is written unless all of it succeeds.
 
     Returns:
         `tuple[PruningReport, Path]`: What was done, and the directory written.
@@ -70,26 +89,42 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
         if not getattr(recipe, name):
             raise ConfigurationError(name, getattr(recipe, name), "is needed, on the command line or in the recipe")
     checkpoint = resolve_checkpoint(recipe.model, recipe.revision)
-    check_output(recipe.output, checkpoint.weight_bytes or 0)
+    check_output(recipe.output, 0 if recipe.resume else checkpoint.weight_bytes or 0)
     device = choose_device(recipe.device)
-    config = _check_architecture(checkpoint, recipe)
+    skeleton = _check_architecture(checkpoint, recipe)
     tokenizer = load_tokenizer(checkpoint, recipe.trust_remote_code)
 
-    from hf_mlopt.pruning import METHODS, MoEPruner
+    from hf_mlopt.pruning import MoEPruner
 
     calibration = None
-    if METHODS[recipe.method].calibrated:
-        calibration = load_calibration(recipe, tokenizer, context_length(config))
+    if recipe.needs_calibration:
+        calibration = load_calibration(recipe, tokenizer, context_length(skeleton.config))
         if recipe.calibration_fingerprint not in (None, calibration.source["fingerprint"]):
             logger.warning(
                 f"calibration={recipe.calibration!r} gives other tokens than when this recipe was written (the text, "
                 "the tokenizer or, for the embedded text, Python has changed): so will the weights be."
             )
+    if _streams(recipe, checkpoint, skeleton.config, calibration):
+        from hf_mlopt.workflows.stream import prune_streamed
+
+        return prune_streamed(recipe, checkpoint, skeleton, tokenizer, calibration, device)
     model = load_model(checkpoint, recipe.trust_remote_code)
     report = MoEPruner(recipe.pruning).prune(model, calibration and calibration.token_ids, device=device)
     if calibration is not None:
         report.calibration = calibration_record(calibration)
     return report, write_pruned(model, tokenizer, report, recipe, checkpoint)
+
+
+def _streams(recipe: PruneRecipe, checkpoint: Checkpoint, config, calibration) -> bool:
+    """Whether to go layer by layer: if asked for, or if the model would not fit."""
+    import psutil
+
+    if recipe.stream is not None:
+        return recipe.stream
+    tokens = calibration.token_ids.numel() if calibration is not None else 0
+    states = tokens * config.get_text_config().hidden_size * 4
+    needed = _IN_MEMORY_FACTOR * (checkpoint.weight_bytes or 0) + states
+    return recipe.resume or needed > 0.8 * psutil.virtual_memory().available
 
 
 def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Checkpoint, evaluation=None) -> Path:
@@ -105,6 +140,14 @@ def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Chec
     Returns:
         `Path`: The directory written.
     """
+    provenance, files = documents(model, report, recipe, checkpoint, evaluation)
+    return save_checkpoint(
+        model, tokenizer, recipe.output, provenance=provenance, files=files, source=checkpoint.directory
+    )
+
+
+def documents(model, report, recipe: PruneRecipe, checkpoint: Checkpoint, evaluation=None) -> tuple[dict, dict]:
+    """What goes into a checkpoint beside the weights: the block in `config.json`, and card, recipe and report."""
     from hf_mlopt.hub import environment, model_provenance
 
     report.environment = environment()
@@ -114,29 +157,24 @@ def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Chec
     recipe = replace(
         recipe,
         output=None,  # whoever re-runs the recipe names a directory of their own
+        resume=False,
+        offload_states=None,
         revision=recipe.revision or checkpoint.revision,
         calibration_fingerprint=report.calibration.get("fingerprint"),
     )
     card = pruning_card(record, Path(output).resolve().name, command=_command(recipe), license=checkpoint.license)
     provenance = {
-        key: record[key] for key in ("method", "sparsity", "pattern", "scope") if record[key] is not None
+        key: record[key] for key in ("method", "sparsity", "pattern", "scope", "drop_experts") if record[key]
     } | {"version": __version__, "base_model": report.model.get("source"), "revision": report.model.get("revision")}
-    return save_checkpoint(
-        model,
-        tokenizer,
-        output,
-        provenance=provenance,
-        files={
-            "README.md": card,
-            "recipe.yaml": lambda path: save_yaml(recipe, path),
-            "pruning_report.json": lambda path: _save_json(record, path),
-        },
-        source=checkpoint.directory,
-    )
+    return provenance, {
+        "README.md": card,
+        "recipe.yaml": lambda path: save_yaml(recipe, path),
+        "pruning_report.json": lambda path: _save_json(record, path),
+    }
 
 
 def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
-    """Builds the model without weights and refuses what cannot be pruned; returns its configuration."""
+    """Builds the model without weights, refuses what cannot be pruned and returns it."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,7 +193,7 @@ def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
         except (ValueError, StrictDataclassError) as error:  # unknown architecture, custom code, ill-typed field
             raise InputError(f"model={checkpoint.name!r}: {shorten(str(error), 600)}") from None
     validate(skeleton, recipe.pruning)
-    return config
+    return skeleton
 
 
 def calibration_record(calibration) -> dict:

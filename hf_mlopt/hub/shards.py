@@ -1,0 +1,275 @@
+"""
+Safetensors files read and written tensor by tensor, at their places in the file.
+
+The safetensors library writes a file in one call, from memory. Here the header is written first and the file gets its
+full size at once, so a disk that is too full is known before any work, tensors may come in any order and again after
+a crash, and nothing is held back in a buffer.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_mlopt.errors import InputError
+
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
+_COPY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """
+    What a header says of one tensor.
+
+    Args:
+        dtype (`str`): In the words of safetensors, e.g. `"BF16"`.
+        shape (`tuple[int]`): Its dimensions.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+Layout = dict[str, dict[str, TensorInfo]]  # file name -> tensor name -> what it is, in the order of the file
+
+
+class ShardReader:
+    """
+    The tensors of a checkpoint's safetensors files, wherever they lie.
+
+    Args:
+        files (`Iterable[Path]`): The files; all headers are read and checked here, no weights.
+
+    Raises:
+        InputError: If a file cannot be read, is no safetensors file, or is not as long as its header says.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self.layout: Layout = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[int, int]] = {}  # name -> file descriptor, first byte
+        self._descriptors: list[int] = []
+        try:
+            for file in files:
+                self._open(Path(file))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, file: Path) -> None:
+        tensors, first = read_header(file)
+        descriptor = os.open(file, os.O_RDONLY)
+        self._descriptors.append(descriptor)
+        self.layout[file.name] = {}
+        for name, (info, start) in tensors.items():
+            if name in self._places:
+                raise InputError(f"{file}: holds {name}, as another file of the checkpoint does.")
+            self.layout[file.name][name] = self.tensors[name] = info
+            self._places[name] = (descriptor, first + start)
+
+    def read_into(self, name: str, buffer, offset: int = 0) -> None:
+        """Fills a writable buffer (anything `memoryview` takes) with the bytes of a tensor from `offset` on."""
+        view = memoryview(buffer).cast("B")
+        descriptor, start = self._places[name]
+        done = 0
+        while done < len(view):  # one call reads at most 2 GiB
+            count = os.preadv(descriptor, [view[done:]], start + offset + done)
+            if count == 0:
+                raise InputError(f"{name}: the file ended before the tensor did; it was changed while it was read.")
+            done += count
+
+    def read_ahead(self, names: Iterable[str], stop) -> None:
+        """Brings tensors into the operating system's cache, so that reading them later waits for no disk. `stop()`
+        is asked between pieces."""
+        scratch = memoryview(bytearray(_COPY_BYTES))
+        for name in names:
+            size = self.tensors[name].nbytes
+            for offset in range(0, size, _COPY_BYTES):
+                if stop():
+                    return
+                self.read_into(name, scratch[: min(_COPY_BYTES, size - offset)], offset)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_header(file: Path) -> tuple[dict[str, tuple[TensorInfo, int]], int]:
+    """
+    Reads the header of one safetensors file.
+
+    Returns:
+        `tuple[dict[str, tuple[TensorInfo, int]], int]`: Every tensor with the offset of its first byte in the data, in
+        the order of the file, and the offset of the data in the file.
+
+    Raises:
+        InputError: If it is no safetensors file, or not as long as its header says.
+    """
+    from huggingface_hub import parse_local_safetensors_file_metadata
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        found = parse_local_safetensors_file_metadata(file).tensors
+        with open(file, "rb") as stream:
+            first = 8 + int.from_bytes(stream.read(8), "little")
+        size = file.stat().st_size
+    except (OSError, SafetensorsParsingError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: incomplete or no safetensors file ({reason}); download it again") from None
+    ordered = sorted(found.items(), key=lambda item: item[1].data_offsets[0])
+    unknown = next((info.dtype for _, info in ordered if info.dtype not in DTYPE_BYTES), None)
+    if unknown is not None:
+        raise InputError(f"{file}: holds tensors of type {unknown}, which is not understood.")
+    expected = first + max((info.data_offsets[1] for _, info in ordered), default=0)
+    if size != expected:
+        raise InputError(f"{file}: has {size:,} bytes, its header says {expected:,}; download it again")
+    return {name: (TensorInfo(info.dtype, tuple(info.shape)), info.data_offsets[0]) for name, info in ordered}, first
+
+
+class ShardWriter:
+    """
+    Safetensors files of known layout, created at full size and filled in any order.
+
+    Args:
+        directory (`Path`): Where the files go; it must exist. Files that are there already with the same header are
+            gone on with, what they hold is kept.
+        layout (`dict[str, dict[str, TensorInfo]]`): Tensors by file.
+        metadata (`dict[str, str]`, *optional*): Header metadata of every file.
+
+    Raises:
+        InputError: If the disk is too full or cannot be written.
+    """
+
+    def __init__(self, directory: Path, layout: Mapping, metadata: Mapping[str, str] | None = None):
+        self.directory, self.layout = Path(directory), layout
+        self._places: dict[str, tuple[int, int, int]] = {}  # name -> file descriptor, first byte, bytes
+        self._descriptors: list[int] = []
+        try:
+            for file, tensors in layout.items():
+                self._create(file, tensors, metadata or {"format": "pt"})
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(self, file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
+        header = header_bytes(tensors, metadata)
+        size = len(header) + sum(info.nbytes for info in tensors.values())
+        try:
+            descriptor = os.open(self.directory / file, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptors.append(descriptor)
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(descriptor, 0, size)
+            os.ftruncate(descriptor, size)
+        except OSError as error:
+            raise write_error(self.directory / file, error, size) from None
+        self._put(file, descriptor, 0, header)
+        place = len(header)
+        for name, info in tensors.items():
+            self._places[name] = (descriptor, place, info.nbytes)
+            place += info.nbytes
+
+    def _put(self, file: str, descriptor: int, place: int, data) -> None:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(descriptor, view[done : done + (1 << 30)], place + done)
+        except OSError as error:
+            raise write_error(self.directory / file, error, len(view)) from None
+
+    def write(self, name: str, data, offset: int = 0) -> None:
+        """Writes the bytes of a tensor (anything `memoryview` takes), or a part of them from `offset` on."""
+        descriptor, start, size = self._places[name]
+        length = memoryview(data).nbytes
+        if offset + length > size:  # it would run into the next tensor
+            raise ValueError(f"{name}: {length} bytes from {offset} on do not fit into {size}")
+        self._put(name, descriptor, start + offset, data)
+
+    def copy(self, name: str, reader: ShardReader, source: str | None = None) -> None:
+        """Copies a tensor as it is, a piece at a time; `source` is its name there, if another."""
+        source = source or name
+        size = reader.tensors[source].nbytes
+        scratch = memoryview(bytearray(min(_COPY_BYTES, size)))
+        for offset in range(0, size, _COPY_BYTES):
+            piece = scratch[: min(_COPY_BYTES, size - offset)]
+            reader.read_into(source, piece, offset)
+            self.write(name, piece, offset)
+
+    def sync(self) -> None:
+        """Has everything written reach the disk."""
+        for descriptor in self._descriptors:
+            os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file with these tensors one after the other."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, info in tensors.items():
+        entries[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [start, start + info.nbytes],
+        }
+        start += info.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes, as the format asks
+    return len(text).to_bytes(8, "little") + text
+
+
+def index_json(layout: Mapping[str, Mapping[str, TensorInfo]]) -> str:
+    """The text of `model.safetensors.index.json` for a checkpoint of several files."""
+    weight_map = {name: file for file, tensors in layout.items() for name in tensors}
+    total = sum(info.nbytes for tensors in layout.values() for info in tensors.values())
+    parameters = sum(info.numel for tensors in layout.values() for info in tensors.values())
+    record = {
+        "metadata": {"total_parameters": parameters, "total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return json.dumps(record, indent=2) + "\n"
+
+
+def write_error(path: Path, error: OSError, needed: int) -> InputError:
+    """The one line a user gets when a file cannot be written."""
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(
+            f"{path}: no room on the disk for {needed / 1e9:.2f} GB; free some space, then run again (with --resume)"
+        )
+    return InputError(f"{path}: cannot be written ({error.strerror})")

@@ -1,0 +1,105 @@
+"""The streamed form of `hf-mlopt prune`: one decoder layer in memory at a time, resumable at any moment."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_mlopt import __version__
+from hf_mlopt.configuration import to_dict
+from hf_mlopt.hub import Checkpoint, complete_checkpoint, copy_config, safetensors_files
+from hf_mlopt.hub.shards import ShardReader, ShardWriter, index_json
+from hf_mlopt.workflows.prune import PruneRecipe, calibration_record, documents
+
+
+if TYPE_CHECKING:
+    from hf_mlopt.pruning import PruningReport
+
+logger = logging.getLogger(__name__)
+
+
+def prune_streamed(
+    recipe: PruneRecipe, checkpoint: Checkpoint, skeleton, tokenizer, calibration, device
+) -> "tuple[PruningReport, Path]":
+    """
+    Prunes a checkpoint from its shards to new ones of the same names.
+
+    Args:
+        recipe (`PruneRecipe`), checkpoint (`Checkpoint`), tokenizer, calibration: What to do, to what, and by what.
+        skeleton (`PreTrainedModel`): The model on the meta device; gives class and configuration.
+        device (`torch.device`): Where layers are run.
+
+    Returns:
+        `tuple[PruningReport, Path]`: What was done, and the directory written.
+
+    Raises:
+        InputError: As [`prune_checkpoint`] does, and if an unfinished run is in the way or is another one.
+    """
+    from hf_mlopt.moe import decoder_layers, moe_layers
+    from hf_mlopt.pruning import MoEPruner, ranks
+    from hf_mlopt.pruning.pruner import with_fewer_experts
+    from hf_mlopt.streaming.journal import Journal, unfinished_directory
+    from hf_mlopt.streaming.layers import StreamedLayers
+    from hf_mlopt.streaming.skeleton import load_skeleton, output_layout
+
+    output = Path(recipe.output).expanduser().resolve()
+    with ShardReader(safetensors_files(checkpoint)) as reader:
+        model = load_skeleton(type(skeleton), skeleton.config, reader, checkpoint.name)
+        moe = moe_layers(model)
+        smaller = with_fewer_experts(model, moe, recipe.pruning)
+        layout, unused = output_layout(model if smaller is None else smaller, reader.layout)
+        if unused:
+            logger.warning(
+                f"{len(unused)} tensors of the checkpoint are no part of the model: {unused[0]} first; left out"
+            )
+        journal = Journal(
+            unfinished_directory(output),
+            _identity(recipe, reader, calibration, device),
+            resume=recipe.resume,
+            save_states_every=recipe.save_states_every,
+            offload=recipe.offload_states and Path(recipe.offload_states).expanduser().resolve(),
+        )
+        try:
+            if ranks.rank() == 0:
+                journal.writer = ShardWriter(journal.checkpoint, layout)
+            prefix, _ = decoder_layers(model, moe)
+            source = StreamedLayers(model, prefix, moe, reader, journal.writer, device, smaller)
+            report = MoEPruner(recipe.pruning).prune(
+                model, calibration and calibration.token_ids, device=device, source=source, journal=journal
+            )
+            if calibration is not None:
+                report.calibration = calibration_record(calibration)
+            if ranks.rank() == 0:
+                source.copy_rest()
+                provenance, files = documents(model if smaller is None else smaller, report, recipe, checkpoint)
+                if len(layout) > 1:
+                    files["model.safetensors.index.json"] = index_json(layout)
+                copy_config(checkpoint.directory, journal.checkpoint, smaller and moe_layers(smaller)[0].num_experts)
+                complete_checkpoint(
+                    journal.checkpoint, tokenizer, provenance=provenance, files=files, source=checkpoint.directory
+                )
+                journal.finish(output)
+            ranks.wait_for_all()
+        finally:
+            journal.close()
+    return report, output
+
+
+def _identity(recipe: PruneRecipe, reader: ShardReader, calibration, device) -> dict:
+    """Everything that the weights of the result depend on."""
+    import torch
+    import transformers
+
+    from hf_mlopt.pruning import ranks
+    from hf_mlopt.streaming.journal import SWEEP_FORMAT, source_identity
+
+    return {
+        "format": SWEEP_FORMAT,
+        "hf_mlopt": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device.type,
+        "processes": ranks.world_size(),
+        "recipe": to_dict(recipe.pruning),
+        "calibration": calibration and calibration.source["fingerprint"],
+        "source": source_identity(reader),
+    }
