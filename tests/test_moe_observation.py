@@ -50,6 +50,18 @@ def test_logits_are_bit_identical(name, dtype, implementation, output_norms):
     assert observation.implementation == implementation == model.config._experts_implementation
 
 
+@pytest.mark.parametrize("implementation", ("grouped_mm", "batched_mm"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("name", ("qwen3_moe", "deepseek_v3", "gpt_oss"))
+def test_four_experts_a_token_are_summed_as_the_model_does(name, dtype, implementation):
+    """Two numbers have one sum in any order; with four the order shows."""
+    model, ids = make_family(name, dtype, num_experts_per_tok=4), token_ids(3, 30)
+    model.set_experts_implementation(implementation)
+    before = logits(model, ids)
+    with observe(model, ignore, output_norms=True):
+        assert torch.equal(before, logits(model, ids))
+
+
 @pytest.mark.parametrize("output_norms", (False, True), ids=("", "norms"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 def test_logits_are_bit_identical_with_experts_in_a_list(dtype, output_norms):

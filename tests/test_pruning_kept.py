@@ -22,6 +22,7 @@ def test_the_number_kept_is_that_of_decimal_numbers(experts):
         ((0.5, 2, 2), r"keeps 1 of 2 .*can lose none$"),
         ((0.9, 12, 4), r"drop at most 0\.666667$"),
         ((0.9, 16, 4, 4, 2), r"needs 8 to send a token to 4 in 2 of 4 groups; drop at most 0\.5$"),
+        ((0.9, 32, 6, 4, 2), r"needs 12 to send a token to 6 in 2 of 4 groups; drop at most 0\.625$"),
         ((0.35, 16, 4, 4, 2), r"keeps 11 of 16 experts, which its 4 groups cannot share evenly; .*multiple of 0\.25$"),
         ((0.95, 8, 1, 1, 1), r"keeps 1 of 8 experts, but the router needs 2 .*drop at most 0\.75$"),
     ],

@@ -1,6 +1,7 @@
 """`hf-mlopt prune MODEL --output DIR --sparsity 0.5`."""
 
 import argparse
+import os
 
 from hf_mlopt.configuration import add_arguments as add_fields
 from hf_mlopt.configuration import arguments_given, load_config
@@ -30,11 +31,14 @@ def run(args: argparse.Namespace) -> None:
     given = arguments_given(args, PruneRecipe)
     recipe = load_config(PruneRecipe, args.config, _without_rival(given))
     what = recipe.calibration if recipe.needs_calibration else "nothing"
-    print(f"pruning {recipe.model}: {recipe.method} {recipe.label}, scope {recipe.scope}, calibrated on {what}")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
+    if first:
+        print(f"pruning {recipe.model}: {recipe.method} {recipe.label}, scope {recipe.scope}, calibrated on {what}")
     report, output = prune_checkpoint(recipe)
-    print(report)
-    print(f"written to {output}: checkpoint, README.md, recipe.yaml, pruning_report.json")
-    print(f"next: hf-mlopt evaluate {output} --perplexity {'embedded' if what == 'embedded' else 'wikitext'}")
+    if first:
+        print(report)
+        print(f"written to {output}: checkpoint, README.md, recipe.yaml, pruning_report.json")
+        print(f"next: hf-mlopt evaluate {output} --perplexity {'embedded' if what == 'embedded' else 'wikitext'}")
 
 
 def _without_rival(given: dict) -> dict:

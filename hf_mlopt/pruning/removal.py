@@ -82,7 +82,7 @@ def refuse_removal(model: nn.Module, layers: list[MoELayer], drop: float) -> int
             f"the layers have {' or '.join(map(str, counts))} experts; they must have equally many",
         )
     config = text_config(model)
-    if not isinstance(model, PreTrainedModel) or counts[0] not in _counts(config).values():
+    if not isinstance(model, PreTrainedModel) or next(iter(_counts(config).values()), None) != counts[0]:
         raise ConfigurationError(
             "drop_experts",
             drop,

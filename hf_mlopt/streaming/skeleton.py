@@ -5,10 +5,14 @@ Everything that depends on how transformers loads and saves checkpoints is in th
 and reverts its conversions on empty parameters to see which part of which parameter a tensor of the file is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub.shards import Layout, ShardReader, TensorInfo
@@ -49,15 +53,16 @@ def load_skeleton(model_class: type, config, reader: ShardReader, name: str) -> 
     headers = {
         key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in reader.tensors.items()
     }
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=headers,
-        dtype=getattr(config, "dtype", None) or _main_dtype(reader),
-        device_map={"": "meta"},
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    with _no_progress_bar():  # it would say that weights are loaded
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=headers,
+            dtype=getattr(config, "dtype", None) or _main_dtype(reader),
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     absent = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if absent:
         raise InputError(
@@ -67,6 +72,17 @@ def load_skeleton(model_class: type, config, reader: ShardReader, name: str) -> 
     _compute_buffers(model)
     model.config.name_or_path = name
     return model.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _main_dtype(reader: ShardReader) -> torch.dtype:
@@ -116,7 +132,7 @@ def are_views(stored: dict[str, torch.Tensor], parameters: dict[str, torch.Tenso
     return all(value.untyped_storage().data_ptr() in memory for value in stored.values())
 
 
-def output_layout(model: PreTrainedModel, source: Layout) -> tuple[Layout, list[str]]:
+def output_layout(model: PreTrainedModel, source: Layout) -> Layout:
     """
     The files that hold the tensors of `model`, each where the source has it.
 
@@ -124,23 +140,12 @@ def output_layout(model: PreTrainedModel, source: Layout) -> tuple[Layout, list[
         model (`PreTrainedModel`): Meta parameters; may have fewer experts than the source.
         source (`dict[str, dict[str, TensorInfo]]`): Layout of the source.
 
-    Returns:
-        `tuple[Layout, list[str]]`: The layout, and the names of tensors in the source that the model does not use.
-
     Raises:
         InputError: If saving this model would give names that the source does not have.
     """
     stored = stored_tensors(model, model.state_dict())
-    layout, unused = {}, []
-    for file, tensors in source.items():
-        kept = {
-            name: TensorInfo(_WORDS[stored[name].dtype], tuple(stored[name].shape))
-            for name in tensors
-            if name in stored
-        }
-        unused += [name for name in tensors if name not in stored]
-        if kept:
-            layout[file] = kept
+    info = {name: TensorInfo(_WORDS[value.dtype], tuple(value.shape)) for name, value in stored.items()}
+    layout = {file: {name: info[name] for name in tensors if name in info} for file, tensors in source.items()}
     placed = {name for tensors in layout.values() for name in tensors}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     lost = sorted(set(stored) - placed - tied)
@@ -149,7 +154,13 @@ def output_layout(model: PreTrainedModel, source: Layout) -> tuple[Layout, list[
             f"{len(lost)} tensors would get names that the source does not have, {lost[0]} first; this way of storing "
             "the model is not understood: prune it with --in-memory."
         )
-    return layout, unused
+    return {file: tensors for file, tensors in layout.items() if tensors}
+
+
+def unused_tensors(model: PreTrainedModel, source: Layout) -> list[str]:
+    """Tensors of the source that are no part of the model, such as the heads of another training objective."""
+    stored = stored_tensors(model, model.state_dict())
+    return [name for tensors in source.values() for name in tensors if name not in stored]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -1,6 +1,9 @@
 """Loading models and tokenizers with errors a user can act on."""
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -83,3 +86,26 @@ def choose_device(device: str, needed_bytes: int = 0) -> "torch.device":
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigurationError("device", device, f"this machine has {torch.cuda.device_count()} CUDA devices")
     return chosen
+
+
+@contextmanager
+def launched_processes(device: str) -> "Iterator[torch.device | None]":
+    """
+    Joins the processes that `accelerate launch` or `torchrun` has started.
+
+    Args:
+        device (`str`): As the user asked for.
+
+    Returns:
+        `Iterator[torch.device]`: The device of this process; None if it is the only one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    try:
+        yield state.device
+    finally:
+        state.destroy_process_group()

@@ -12,8 +12,16 @@ from hf_mlopt.configuration import save_yaml
 from hf_mlopt.data.calibration import CalibrationConfig, load_calibration
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.hub import Checkpoint, check_output, pruning_card, resolve_checkpoint, save_checkpoint
+from hf_mlopt.planning.machine import available_memory
+from hf_mlopt.planning.memory import must_stream
 from hf_mlopt.pruning.config import PruningConfig
-from hf_mlopt.workflows.loading import choose_device, context_length, load_model, load_tokenizer
+from hf_mlopt.workflows.loading import (
+    choose_device,
+    context_length,
+    launched_processes,
+    load_model,
+    load_tokenizer,
+)
 
 
 if TYPE_CHECKING:
@@ -21,8 +29,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-_IN_MEMORY_FACTOR = 1.6  # what saving with transformers takes, in units of the weights
 
 
 @dataclass
@@ -79,6 +85,8 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
     """
     Carries out a recipe; nothing that looks finished is written unless all of it succeeds.
 
+    Under `accelerate launch` or `torchrun` the calibration data are shared among the processes, and the first writes.
+
     Returns:
         `tuple[PruningReport, Path]`: What was done, and the directory written.
 
@@ -90,41 +98,48 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
             raise ConfigurationError(name, getattr(recipe, name), "is needed, on the command line or in the recipe")
     checkpoint = resolve_checkpoint(recipe.model, recipe.revision)
     check_output(recipe.output, 0 if recipe.resume else checkpoint.weight_bytes or 0)
-    device = choose_device(recipe.device)
-    skeleton = _check_architecture(checkpoint, recipe)
-    tokenizer = load_tokenizer(checkpoint, recipe.trust_remote_code)
+    with launched_processes(recipe.device) as own_device:
+        device = own_device or choose_device(recipe.device)
+        skeleton = _check_architecture(checkpoint, recipe)
+        tokenizer = load_tokenizer(checkpoint, recipe.trust_remote_code)
+        calibration = _calibration(recipe, tokenizer, skeleton.config) if recipe.needs_calibration else None
+        if _streams(recipe, checkpoint, skeleton.config, calibration):
+            from hf_mlopt.workflows.stream import prune_streamed
 
-    from hf_mlopt.pruning import MoEPruner
+            return prune_streamed(recipe, checkpoint, skeleton, tokenizer, calibration, device)
 
-    calibration = None
-    if recipe.needs_calibration:
-        calibration = load_calibration(recipe, tokenizer, context_length(skeleton.config))
-        if recipe.calibration_fingerprint not in (None, calibration.source["fingerprint"]):
-            logger.warning(
-                f"calibration={recipe.calibration!r} gives other tokens than when this recipe was written (the text, "
-                "the tokenizer or, for the embedded text, Python has changed): so will the weights be."
-            )
-    if _streams(recipe, checkpoint, skeleton.config, calibration):
-        from hf_mlopt.workflows.stream import prune_streamed
+        from hf_mlopt.pruning import MoEPruner, ranks
 
-        return prune_streamed(recipe, checkpoint, skeleton, tokenizer, calibration, device)
-    model = load_model(checkpoint, recipe.trust_remote_code)
-    report = MoEPruner(recipe.pruning).prune(model, calibration and calibration.token_ids, device=device)
-    if calibration is not None:
-        report.calibration = calibration_record(calibration)
-    return report, write_pruned(model, tokenizer, report, recipe, checkpoint)
+        model = load_model(checkpoint, recipe.trust_remote_code)
+        report = MoEPruner(recipe.pruning).prune(model, calibration and calibration.token_ids, device=device)
+        if calibration is not None:
+            report.calibration = calibration_record(calibration)
+        if ranks.rank() == 0:
+            write_pruned(model, tokenizer, report, recipe, checkpoint)
+        ranks.wait_for_all()
+        return report, Path(recipe.output).expanduser().resolve()
+
+
+def _calibration(recipe: PruneRecipe, tokenizer, config):
+    calibration = load_calibration(recipe, tokenizer, context_length(config))
+    if recipe.calibration_fingerprint not in (None, calibration.source["fingerprint"]):
+        logger.warning(
+            f"calibration={recipe.calibration!r} gives other tokens than when this recipe was written (the text, "
+            "the tokenizer or, for the embedded text, Python has changed): so will the weights be."
+        )
+    return calibration
 
 
 def _streams(recipe: PruneRecipe, checkpoint: Checkpoint, config, calibration) -> bool:
     """Whether to go layer by layer: if asked for, or if the model would not fit."""
-    import psutil
-
-    if recipe.stream is not None:
-        return recipe.stream
+    if recipe.stream is not None or recipe.resume:
+        return recipe.stream is not False
     tokens = calibration.token_ids.numel() if calibration is not None else 0
     states = tokens * config.get_text_config().hidden_size * 4
-    needed = _IN_MEMORY_FACTOR * (checkpoint.weight_bytes or 0) + states
-    return recipe.resume or needed > 0.8 * psutil.virtual_memory().available
+    streams = must_stream(checkpoint.weight_bytes or 0, states, available_memory())
+    if streams:
+        logger.info("the model does not fit in memory with room to write it: going layer by layer (--stream)")
+    return streams
 
 
 def write_pruned(model, tokenizer, report, recipe: PruneRecipe, checkpoint: Checkpoint, evaluation=None) -> Path:

@@ -39,18 +39,16 @@ def prune_streamed(
     from hf_mlopt.pruning.pruner import with_fewer_experts
     from hf_mlopt.streaming.journal import Journal, unfinished_directory
     from hf_mlopt.streaming.layers import StreamedLayers
-    from hf_mlopt.streaming.skeleton import load_skeleton, output_layout
+    from hf_mlopt.streaming.skeleton import load_skeleton, output_layout, unused_tensors
 
     output = Path(recipe.output).expanduser().resolve()
     with ShardReader(safetensors_files(checkpoint)) as reader:
         model = load_skeleton(type(skeleton), skeleton.config, reader, checkpoint.name)
         moe = moe_layers(model)
         smaller = with_fewer_experts(model, moe, recipe.pruning)
-        layout, unused = output_layout(model if smaller is None else smaller, reader.layout)
-        if unused:
-            logger.warning(
-                f"{len(unused)} tensors of the checkpoint are no part of the model: {unused[0]} first; left out"
-            )
+        layout = output_layout(model if smaller is None else smaller, reader.layout)
+        if unused := unused_tensors(model, reader.layout):
+            logger.warning(f"{len(unused)} tensors are no part of the model and are left out, {unused[0]} first")
         journal = Journal(
             unfinished_directory(output),
             _identity(recipe, reader, calibration, device),
