@@ -67,6 +67,7 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Checkp
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        _refuse_packed(str(model), path)
         _read_config(path)
         size = sum(file.stat().st_size for file in _weight_files(path))
         return Checkpoint(str(path), path, weight_bytes=size, license=_license(path))
@@ -76,6 +77,7 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Checkp
         raise InputError(f"model={str(model)!r}: no such directory")
     with hub_errors(str(model)):
         directory = _fetch_small_files(str(model), revision)
+    _refuse_packed(str(model), directory)
     _read_config(directory)
     index = directory / f"{_WEIGHTS[0]}.index.json"
     size = json.loads(index.read_text())["metadata"].get("total_size") if index.is_file() else None
@@ -213,12 +215,16 @@ def safetensors_files(checkpoint: Checkpoint) -> list[Path]:
         InputError: If the weights are not in safetensors files.
     """
     if checkpoint.revision is not None:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import is_offline_mode, snapshot_download
 
         with hub_errors(checkpoint.name):
             patterns = ["model*.safetensors", "*.py"]
             snapshot_download(
-                checkpoint.name, revision=checkpoint.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+                checkpoint.name,
+                revision=checkpoint.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                local_files_only=is_offline_mode(),
             )
     files = _weight_files(checkpoint.directory)
     if any(file.suffix != ".safetensors" for file in files):
@@ -271,6 +277,13 @@ def _finish_config(path: Path, provenance: dict, source: Path | None) -> None:
         config |= {key: value for key, value in _read_config(source).items() if key == "use_cache"}
     config["hf_mlopt"] = provenance
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_packed(model: str, directory: Path) -> None:
+    from hf_mlopt.hub.packed import INDEX  # it needs numpy, which this module does not
+
+    if (directory / INDEX).is_file():
+        raise InputError(f"model={model!r}: is packed; unpack it first: hf-mlopt unpack {model} --output DIR")
 
 
 def _read_config(directory: Path) -> dict:

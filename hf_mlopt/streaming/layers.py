@@ -1,5 +1,7 @@
 """Decoder layers that come from the shards of a checkpoint and go to new ones; one is in memory at a time."""
 
+import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,6 +100,7 @@ class StreamedLayers:
                 self.writer.write(name, bytes_of(value.contiguous()))
         release_(model, names)
         self._current = None
+        _return_memory()
 
     def copy_rest(self) -> None:
         """
@@ -153,6 +156,14 @@ def read_tensor(reader: ShardReader, name: str, target: torch.Tensor) -> None:
     value = torch.empty(info.shape, dtype=DTYPES[info.dtype])
     reader.read_into(name, bytes_of(value))
     target.copy_(value)
+
+
+def _return_memory() -> None:
+    """Gives freed memory back: glibc keeps blocks as large as a layer's matrices, and its heap grows with the layers."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 class _ReadAhead:
