@@ -29,6 +29,7 @@ LAYERS = (
     {"workflows"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 BASE = LAYERS[0]  # these four are single modules and may use one another

@@ -159,7 +159,7 @@ def read_tensor(reader: ShardReader, name: str, target: torch.Tensor) -> None:
 
 
 def _return_memory() -> None:
-    """Gives freed memory back: glibc keeps blocks as large as a layer's matrices, and its heap grows with the layers."""
+    """Gives freed memory back: glibc keeps blocks as large as a layer's matrices, and its heap grows with depth."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
