@@ -6,8 +6,9 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 PIP_ARGS := --quiet --disable-pip-version-check
 STAMP_INPUTS := pyproject.toml constraints.txt
+PEER ?= benchmarks/peers/.venv-llmcompressor
 
-.PHONY: demo test test-slow test-oldest quality style bench clean
+.PHONY: demo test test-slow test-oldest quality style bench peers clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %d.%d; set PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -51,6 +52,14 @@ style: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/pruning.py --short
+	$(BIN)/python benchmarks/pruning_scale.py --short
+
+# What the benchmarks compare with has versions of its own.
+peers: $(PEER)/.ready
+
+$(PEER)/.ready: benchmarks/peers/llmcompressor.txt
+	@test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install $(PIP_ARGS) -r $< && touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo_output dist build
+	rm -rf $(VENV) $(OLDEST) $(PEER) demo_output dist build

@@ -13,8 +13,8 @@ from hf_mlopt.pruning.moments import ExpertMoments
 from hf_mlopt.pruning.removal import (
     adopt_config_,
     expert_scores,
+    keep_experts_,
     kept_experts,
-    move_kept_,
     refuse_removal,
     routing_groups,
     shrunk_config,
@@ -69,8 +69,7 @@ def remove(model, keep):
     small = smaller_model(model, len(next(iter(keep.values()))))
     small_layers = small.get_submodule(prefix)
     for index in range(len(layers)):
-        move_kept_(layers[index], small_layers[index], keep.get(index, ()))
-        layers[index] = small_layers[index]
+        keep_experts_(layers[index], small_layers[index], keep.get(index, ()))
     adopt_config_(model, small)
     return model
 
@@ -184,12 +183,22 @@ def test_one_tensor_exists_twice_at_most(monkeypatch):
         return cut(value, *args)
 
     monkeypatch.setattr(torch.Tensor, "index_select", index_select)
-    move_kept_(layer, small, keep[0])
-    assert len(cut_before) == 2  # router and buffer; what is in a list moves as it is
-    assert small.self_attn.q_proj.weight is attention and small.mlp.experts[0].w1.weight is first
-    assert all(value.is_meta for value in (*layer.parameters(), *layer.buffers()))
+    keep_experts_(layer, small, keep[0])
+    assert len(cut_before) == 2  # router and buffer; what is in a list stays as it is
+    assert layer.self_attn.q_proj.weight is attention and layer.mlp.experts[0].w1.weight is first
     alive = {id(ref()) for ref in going} - {id(None)}
-    assert alive == {id(value) for name, value in small.named_parameters() if name != "mlp.gate.weight"}
+    assert alive == {id(value) for name, value in layer.named_parameters() if name != "mlp.gate.weight"}
+
+
+def test_modules_and_their_hooks_stay():
+    """A model that records router logits does so through hooks that are made at its first forward pass."""
+    model = make_family("mixtral", output_router_logits=True)
+    logits(model)
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    remove(model, choose(model, 0.25))
+    assert [layer.mlp.experts for layer in model.model.layers] == experts
+    found = model(token_ids(3, 12), use_cache=False).router_logits
+    assert [tuple(value.shape) for value in found] == [(36, 3)] * 2
 
 
 def test_frozen_parameters_stay_frozen():
@@ -314,7 +323,7 @@ def test_a_model_whose_class_makes_other_experts_is_refused():
 
 
 @pytest.mark.parametrize("where", ("both", "old", "count"))
-def test_a_tensor_that_does_not_fit_is_named_and_nothing_moves(where):
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_changes(where):
     model = make_family("mixtral")
     small, layer = smaller_model(model, 3).model.layers[0], model.model.layers[0]
     layer.mlp.gate.register_buffer("table", torch.zeros(4, 4))
@@ -322,7 +331,7 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_moves(where):
         small.mlp.gate.register_buffer("table", torch.zeros((3, 3) if where == "both" else (2, 4), device="meta"))
     before = snapshot(layer)
     with pytest.raises(InputError, match=r"^mlp\.gate\.table: "):
-        move_kept_(layer, small, [0, 1, 3])
+        keep_experts_(layer, small, [0, 1, 3])
     after = snapshot(layer)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -376,6 +385,6 @@ def test_the_meta_device_is_enough():
         model = AutoModelForCausalLM.from_config(source)
     assert refuse_removal(model, moe_layers(model), 0.5) == 4
     small = smaller_model(model, 4)
-    move_kept_(model.model.layers[1], small.model.layers[1], [0, 1, 4, 7])
-    assert small.model.layers[1].mlp.experts.down_proj.is_meta
-    assert isinstance(small.model.layers[1].mlp.experts.down_proj, nn.Parameter)
+    keep_experts_(model.model.layers[1], small.model.layers[1], [0, 1, 4, 7])
+    down = model.model.layers[1].mlp.experts.down_proj
+    assert down.is_meta and len(down) == 4 and isinstance(down, nn.Parameter)

@@ -1,9 +1,11 @@
 """The entry point of pruning: a model and calibration tokens in, the same model with fewer weights out."""
 
+import re
 import resource
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -119,7 +121,7 @@ class MoEPruner:
             layers=reports,
             totals=totals(source.smaller if source.smaller is not None else model, reports, parameters),
             seconds=time.perf_counter() - started,
-            peak_memory_bytes=_peak_memory(device),
+            peak_memory_bytes=peak_memory(device),
         )
 
     def _sweep(self, model, layers, batches, device, source, journal, progress) -> list[LayerReport]:
@@ -188,8 +190,13 @@ def _refuse_gathering(moe: list[MoELayer], batches: list[torch.Tensor]) -> None:
             return
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Peak resident memory of the process, or peak allocation on an accelerator, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    try:  # ru_maxrss begins at the size of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE)[1])
+    except (OSError, TypeError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

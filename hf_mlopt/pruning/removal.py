@@ -150,58 +150,59 @@ def smaller_model(model: PreTrainedModel, num_kept: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def move_kept_(layer_from: nn.Module, layer_to: nn.Module, keep: Sequence[int]) -> None:
+def keep_experts_(layer: nn.Module, twin: nn.Module, keep: Sequence[int]) -> None:
     """
-    Moves the parameters and buffers of a decoder layer into one with fewer experts.
+    Leaves a decoder layer with some of its experts. Its modules stay, and so do hooks on them.
 
-    A tensor of the same shape moves as it is; one that differs in one dimension is cut along it. Whatever has moved or
-    was cut is on the meta device in `layer_from` afterwards, so that at most one tensor exists twice at a time.
+    A tensor that has another shape in `twin` is cut along the one dimension that differs; of a list of experts those
+    that stay are kept. At most one tensor exists twice at a time.
 
     Args:
-        layer_from (`nn.Module`): All experts. Unusable afterwards.
-        layer_to (`nn.Module`): The layer of [`smaller_model`].
+        layer (`nn.Module`): With all experts; changed in place.
+        twin (`nn.Module`): The same layer of [`smaller_model`].
         keep (`Sequence[int]`): Experts that stay, ascending.
 
     Raises:
-        InputError: If a tensor differs in another way; nothing has moved then.
+        InputError: If a tensor differs in another way; nothing has changed then.
     """
-    moves = _moves(layer_from, layer_to, keep)
-    for source, target, dim in moves:
-        place, leaf = _place(layer_from, source)
-        value = place[leaf]
-        place[leaf] = _on_meta(value)
+    for name, _, dim in _moves(layer, twin, keep):
         if dim is not None:
+            place, leaf = _place(layer, name)
+            value = place[leaf]
             kept = value.index_select(dim, torch.tensor(keep, device=value.device))
-            value = nn.Parameter(kept, value.requires_grad) if isinstance(value, nn.Parameter) else kept
-        place, leaf = _place(layer_to, target)
-        place[leaf] = value
-    moved = {source for source, _, _ in moves}
-    for name in [name for name, _ in _tensors(layer_from) if name not in moved]:  # experts of a list that go
-        place, leaf = _place(layer_from, name)
-        place[leaf] = _on_meta(place[leaf])
+            place[leaf] = nn.Parameter(kept, value.requires_grad) if isinstance(value, nn.Parameter) else kept
+            del value
+    for name in _expert_lists(layer, twin, keep):
+        experts = layer.get_submodule(name)
+        kept = [experts[expert] for expert in keep]
+        experts._modules.clear()
+        experts.extend(kept)
+    adopt_config_(layer, twin)
 
 
-def adopt_config_(model: PreTrainedModel, small: PreTrainedModel) -> None:
-    """
-    Completes the removal from a model in memory, whose decoder layers have been replaced by those of `small`: all its
-    modules get the configuration of `small`, and those outside the layers the number of experts, where they keep it.
-    """
-    twins = dict(small.named_modules())
-    for name, module in model.named_modules():
+def adopt_config_(module: nn.Module, twin: nn.Module) -> None:
+    """Gives all parts of a model or layer the configuration of a smaller one, and its numbers where they keep some."""
+    twins = dict(twin.named_modules())
+    for name, part in module.named_modules():
         for key, value in vars(twins[name]).items() if name in twins else ():
             if isinstance(value, PreTrainedConfig) or type(value) is int:
-                vars(module)[key] = value
+                vars(part)[key] = value
+
+
+def _expert_lists(source: nn.Module, target: nn.Module, keep: Sequence[int]) -> list[str]:
+    """Names of the lists of experts that are shorter in `target`."""
+    modules = dict(source.named_modules())
+    return [
+        name
+        for name, module in target.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == len(keep) < len(modules.get(name, ()))
+    ]
 
 
 def _moves(source: nn.Module, target: nn.Module, keep: Sequence[int]) -> list[tuple[str, str, int | None]]:
     """Name in `source`, name in `target` and the dimension to cut, of every tensor of `target`."""
     shapes = {name: value.shape for name, value in _tensors(source)}
-    modules = dict(source.named_modules())
-    lists = [
-        name
-        for name, module in target.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == len(keep) < len(modules.get(name, ()))
-    ]
+    lists = _expert_lists(source, target, keep)
     moves = []
     for name, value in _tensors(target):
         origin = name

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hf_mlopt.errors import InputError
-from hf_mlopt.moe import MoELayer, moe_layers, observe_layers
+from hf_mlopt.moe import MoELayer, observe_layers
 from hf_mlopt.moe.all_tokens import intermediate_on_all_tokens
 from hf_mlopt.moe.observation import SeenEnough
 from hf_mlopt.pruning import ranks
@@ -26,7 +26,7 @@ from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.coverage import needs_all_tokens, policy, refuse_uncovered, substitute, uncovered_experts
 from hf_mlopt.pruning.kept import num_kept
 from hf_mlopt.pruning.moments import ExpertMoments
-from hf_mlopt.pruning.removal import expert_scores, kept_experts, move_kept_, routing_groups
+from hf_mlopt.pruning.removal import expert_scores, keep_experts_, kept_experts, routing_groups
 from hf_mlopt.pruning.report import LayerReport, tensor_report
 from hf_mlopt.pruning.scores import METHODS
 from hf_mlopt.pruning.states import LayerCalls
@@ -50,8 +50,8 @@ class LayerSource(Protocol):
     def load(self, index: int) -> tuple[str, nn.Module, MoELayer | None]:
         """Name of the decoder layer, the layer on the compute device, and its view as a mixture of experts."""
 
-    def remove_experts(self, index: int, keep: list[int]) -> tuple[nn.Module, MoELayer]:
-        """Puts a layer with the given experts only in the place of the loaded one."""
+    def remove_experts(self, index: int, keep: list[int]) -> None:
+        """Leaves the loaded layer with the given experts."""
 
     def store(self, index: int, changed: bool = True) -> None:
         """The sweep has finished with the layer; `changed=False` if it was only read, or failed."""
@@ -86,7 +86,6 @@ class InMemory:
     def __init__(self, prefix: str, layers: nn.ModuleList, moe: list[MoELayer], device: torch.device, smaller=None):
         self.prefix, self.layers, self.device, self.smaller = prefix, layers, device, smaller
         self.moe = {layer.index: layer for layer in moe}
-        self.smaller_moe = {layer.index: layer for layer in moe_layers(smaller)} if smaller is not None else {}
         self.home = [device_of(layer) for layer in layers]
 
     def __len__(self) -> int:
@@ -98,11 +97,8 @@ class InMemory:
     def load(self, index: int) -> tuple[str, nn.Module, MoELayer | None]:
         return f"{self.prefix}.{index}", self.layers[index].to(self.device), self.moe.get(index)
 
-    def remove_experts(self, index: int, keep: list[int]) -> tuple[nn.Module, MoELayer]:
-        layer = self.smaller.get_submodule(f"{self.prefix}.{index}")
-        move_kept_(self.layers[index], layer, keep)
-        self.layers[index] = layer
-        return layer, self.smaller_moe[index]
+    def remove_experts(self, index: int, keep: list[int]) -> None:
+        keep_experts_(self.layers[index], self.smaller.get_submodule(f"{self.prefix}.{index}"), keep)
 
     def store(self, index: int, changed: bool = True) -> None:
         self.layers[index].to(self.home[index])
@@ -168,8 +164,7 @@ def _sweep_layer(source, name, index, decoder, moe, states, calls, config, last)
             report.tokens_per_expert = moments.sums["tokens"].tolist()
             report.gate_mass = moments.sums["gate_mass"].tolist()
             if config.drop_experts:
-                decoder, moe = _remove_experts(source, index, moe, moments, config, report)
-                linears = linear_layers(decoder, name, moe) if linears else {}
+                moe = _remove_experts(source, index, moe, moments, config, report)
             statistics |= _cover(index, decoder, moe, moments, states, calls, config, report)
     if config.prunes_weights:
         _prune(moe, linears, statistics, config, report)
@@ -224,13 +219,14 @@ def observe_layer(name, index, decoder, moe, linears, states, calls, config: Pru
     return moments, dict(linear_moments.sums), outputs
 
 
-def _remove_experts(source, index, moe, moments, config, report) -> tuple[nn.Module, MoELayer]:
+def _remove_experts(source, index, moe, moments, config, report) -> MoELayer:
     """Removes the experts that matter least; what is known of the others gets their new numbers."""
     scores_E = expert_scores(moments.sums, config.drop_score)
     keep = kept_experts(scores_E, num_kept(moe.num_experts, config.drop_experts), routing_groups(source.smaller))
     report.kept_experts, report.expert_scores = keep, scores_E.tolist()
     moments.keep_(keep)
-    return source.remove_experts(index, keep)
+    source.remove_experts(index, keep)
+    return replace(moe, num_experts=len(keep))
 
 
 def _cover(index, decoder, moe, moments, states, calls, config, report) -> dict[str, torch.Tensor]:

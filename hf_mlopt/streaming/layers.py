@@ -13,8 +13,8 @@ from transformers.core_model_loading import dot_natural_key
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub.shards import ShardReader, ShardWriter
-from hf_mlopt.moe import MoELayer, moe_layers
-from hf_mlopt.pruning.removal import move_kept_
+from hf_mlopt.moe import MoELayer
+from hf_mlopt.pruning.removal import keep_experts_
 from hf_mlopt.pruning.validation import is_finite
 from hf_mlopt.streaming.skeleton import (
     DTYPES,
@@ -43,9 +43,8 @@ class StreamedLayers:
         self.model, self.smaller, self.prefix, self.device = model, smaller, prefix, device
         self.reader, self.writer = reader, writer
         self.moe = {layer.index: layer for layer in moe}
-        self.smaller_moe = {layer.index: layer for layer in moe_layers(smaller)} if smaller is not None else {}
         self.layers = model.get_submodule(prefix)
-        self._current: tuple[nn.Module, nn.Module] | None = None  # the layer, and the model it belongs to
+        self._kind = model  # the model whose tensors the loaded layer has: this or, once experts are gone, `smaller`
         self._stored_names = [sorted(self._names_in_file(index), key=dot_natural_key) for index in range(len(self))]
         self._ahead = _ReadAhead(reader)
 
@@ -80,26 +79,21 @@ class StreamedLayers:
         load_parameters(self.model, self._parameter_names(self.model, index), self.reader)
         if index + 1 < len(self):
             self._ahead.start(self._stored_names[index + 1])
-        self._current = layer.to(self.device), self.model
-        return prefix, layer, self.moe.get(index)
+        self._kind = self.model
+        return prefix, layer.to(self.device), self.moe.get(index)
 
-    def remove_experts(self, index: int, keep: list[int]) -> tuple[nn.Module, MoELayer]:
-        layer, _ = self._current
-        smaller = self.smaller.get_submodule(f"{self.prefix}.{index}")
-        move_kept_(layer, smaller, keep)
-        self._current = smaller, self.smaller
-        return smaller, self.smaller_moe[index]
+    def remove_experts(self, index: int, keep: list[int]) -> None:
+        keep_experts_(self.layers[index], self.smaller.get_submodule(f"{self.prefix}.{index}"), keep)
+        self._kind = self.smaller
 
     def store(self, index: int, changed: bool = True) -> None:
-        layer, model = self._current
-        names = self._parameter_names(model, index)
+        layer, names = self.layers[index], self._parameter_names(self._kind, index)
         if changed and self.writer is not None:
             state = layer.state_dict()
             values = {name: state[name.removeprefix(f"{self.prefix}.{index}.")].cpu() for name in names}
-            for name, value in stored_tensors(model, values).items():
+            for name, value in stored_tensors(self._kind, values).items():
                 self.writer.write(name, bytes_of(value.contiguous()))
-        release_(model, names)
-        self._current = None
+        release_(self.model, names)
         _return_memory()
 
     def copy_rest(self) -> None:
