@@ -7,7 +7,8 @@ import os
 HELP = "Train a small mixture of experts here, prune it with every method, and compare. No network needed."
 
 _NEXT = """
-The same on a real model (it is held in memory: 93 GB, and about 60 GB more while it is written):
+The same on a real model (93 GB on disk; one layer at a time is in memory where it does not fit):
+  hf-mlopt plan  mistralai/Mixtral-8x7B-v0.1 --sparsity 0.5
   hf-mlopt prune mistralai/Mixtral-8x7B-v0.1 --sparsity 0.5 --output mixtral-8x7b-50
   hf-mlopt evaluate mixtral-8x7b-50 --perplexity wikitext"""
 
