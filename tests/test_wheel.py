@@ -68,7 +68,8 @@ def test_recipes_are_listed_and_copied(installed):
     command = folder / "bin" / "hf-mlopt"
     listed = run(command, "recipes", "list", **options)
     assert [line.split()[0] for line in listed.splitlines() if line.startswith("pruning/")] == [
-        f"pruning/{name}.yaml" for name in ("demo", "mixtral_8x22b", "mixtral_8x7b", "qwen3_moe")
+        f"pruning/{name}.yaml"
+        for name in ("demo", "mixtral_8x22b", "mixtral_8x7b", "mixtral_8x7b_experts", "qwen3_moe")
     ]
     run(command, "recipes", "copy", "pruning/demo", "--output", "mine", **options)
     copied = options["cwd"] / "mine" / "pruning" / "demo.yaml"
