@@ -1,0 +1,14 @@
+"""What a run of pruning will take, told from a checkpoint's `config.json` and headers alone. Imports no torch."""
+
+from hf_mlopt.lazy import lazy_names
+
+
+_PUBLIC = {
+    "Plan": "hf_mlopt.planning.plan",
+    "make_plan": "hf_mlopt.planning.plan",
+    "output_layout": "hf_mlopt.planning.layout",
+    "read_shape": "hf_mlopt.planning.shape",
+    "read_source": "hf_mlopt.planning.source",
+}
+
+__all__, __getattr__ = lazy_names(__name__, _PUBLIC)

@@ -1,0 +1,243 @@
+"""Operations, bytes and memory of a plan, against sums written out by hand."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from hf_mlopt.hub.shards import TensorInfo
+from hf_mlopt.planning import output_layout, read_shape, read_source
+from hf_mlopt.planning.costs import Run, count_costs
+from hf_mlopt.planning.layout import file_bytes, packed_bytes
+from hf_mlopt.planning.memory import MAPPED, in_memory_peak, must_stream, streamed_peak
+from hf_mlopt.planning.source import Source
+from hf_mlopt.pruning.config import PruningConfig
+from tests.command_line import save
+from tests.families import make_family
+
+
+# The tiny Mixtral: hidden 32, 4 heads of 8, 2 of them for keys and values, experts of 64, 4 of them, top-2, 260 words.
+ATTENTION, EXPERT, ROUTER, WORDS = 32 * 32 * 2 + 16 * 32 * 2, 3 * 64 * 32, 4 * 32, 260 * 32
+LAYER = ATTENTION + 4 * EXPERT + ROUTER + 2 * 32
+TOKENS = 3 * 10
+
+
+@dataclass
+class Planned:
+    shape: object
+    run: Run
+    costs: object
+    source: object
+
+
+@pytest.fixture
+def mixtral(tmp_path, tiny_mixtral):
+    source = read_source(str(save(tiny_mixtral(num_hidden_layers=3), None, tmp_path)))
+    return source, read_shape(source)
+
+
+def plan(mixtral, streamed=True, offloaded=False, every=4, **settings):
+    source, shape = mixtral
+    settings = {"sparsity": 0.5, **settings}
+    run = Run(PruningConfig(**settings), 3, 10, streamed, offloaded, every)
+    costs = count_costs(shape, run, source.layout, output_layout(shape, source.layout))
+    return Planned(shape, run, costs, source)
+
+
+@pytest.mark.parametrize(
+    "settings, passes",
+    [
+        ({}, 2 + 2 + 1),
+        ({"propagate": "dense"}, 1 + 1 + 1),
+        ({"method": "magnitude"}, 0),
+        ({"method": "magnitude", "drop_experts": 0.25}, 2 + 2 + 1),
+        ({"allocation": "owl"}, 2 + 2 + 1 + 2 * 3),
+    ],
+)
+def test_operations_of_the_calibration_passes(mixtral, settings, passes):
+    # Causal attention: 4 heads, 8 features of queries and of values, half of the 10 x 10 pairs, two operations each.
+    of_token = 2 * (ATTENTION + 2 * EXPERT + ROUTER) + 4 * (8 + 8) * 10
+    assert plan(mixtral, **settings).costs.forward_flops == passes * of_token * TOKENS
+
+
+def test_a_dense_layer_is_observed_only_if_it_is_in_scope(tmp_path):
+    source = read_source(str(save(make_family("deepseek_v2", first_k_dense_replace=1), None, tmp_path)))
+    found = {}
+    for scope in ("experts", "all-linear"):
+        found[scope] = plan((source, read_shape(source)), scope=scope).costs
+    shape = read_shape(source)
+    dense = 2 * sum(matrix.numel for matrix in shape.layers[0].linears) + 4 * (16 + 8) * 10
+    assert found["all-linear"].forward_flops - found["experts"].forward_flops == dense * TOKENS
+    linears = sum(matrix.numel for layer in shape.layers for matrix in layer.linears)
+    assert found["all-linear"].scored_weights - found["experts"].scored_weights == linears
+
+
+def test_operations_of_sparsegpt(mixtral):
+    costs = plan(mixtral, method="sparsegpt").costs
+    slots = 2 * TOKENS
+    hessians = 2 * slots * (32**2 + 64**2) + 2 * TOKENS * 32**2
+    up = 2 * (4 * 32**3 // 3 + 64 * 32**2)  # w1 and w3
+    down = 4 * 64**3 // 3 + 32 * 64**2
+    assert costs.solve_flops == 3 * (hessians + 4 * (up + down))
+    fewer = plan(mixtral, method="sparsegpt", drop_experts=0.25).costs
+    assert fewer.solve_flops == pytest.approx(3 * (hessians + 3 * (up + down)), rel=1e-5)
+    assert plan(mixtral).costs.solve_flops == 0
+
+
+def test_weights_scored(mixtral):
+    assert plan(mixtral).costs.scored_weights == 3 * 4 * EXPERT
+    assert plan(mixtral, sparsity=None, drop_experts=0.25).costs.scored_weights == 0
+    assert plan(mixtral, drop_experts=0.25).costs.scored_weights == 3 * 3 * EXPERT
+
+
+def test_bytes_read_and_written(mixtral):
+    planned = plan(mixtral)
+    everything = 4 * (3 * LAYER + 2 * WORDS + 32)
+    written = sum(file_bytes(planned.source.layout).values())
+    embedding = 4 * (WORDS + 32)  # and the last norm, which is read with it
+    assert planned.costs.read_bytes == everything + embedding
+    assert planned.costs.written_bytes == planned.costs.output_bytes == written
+    assert plan(mixtral, streamed=False).costs.read_bytes == everything
+    assert plan(mixtral, method="magnitude").costs.read_bytes == everything
+    assert plan(mixtral, allocation="owl").costs.read_bytes == everything + 2 * embedding + 4 * 3 * LAYER
+
+
+def test_states_on_disk(mixtral, tmp_path, tiny_mixtral):
+    states, output = TOKENS * 32 * 4, plan(mixtral).costs.output_bytes
+    assert plan(mixtral).costs.state_bytes == states
+    saved = plan(mixtral, every=1).costs  # the inputs of layers 1 and 2
+    assert (saved.written_bytes - output, saved.disk_bytes - output) == (2 * states, 2 * states)
+    assert plan(mixtral, every=2).costs.disk_bytes - output == states
+    assert plan(mixtral, every=3).costs.disk_bytes == output
+    longer = read_source(str(save(tiny_mixtral(num_hidden_layers=5), None, tmp_path / "longer")))
+    costs = plan((longer, read_shape(longer)), every=1).costs
+    assert costs.disk_bytes - costs.output_bytes == 2 * states  # the one that is written, and the one before
+    offloaded = plan(mixtral, offloaded=True).costs
+    assert (offloaded.disk_bytes, offloaded.offloaded_bytes) == (output, 2 * states)
+    assert offloaded.written_bytes - output == 3 * states
+    assert offloaded.read_bytes - plan(mixtral).costs.read_bytes == 5 * states
+    assert plan(mixtral, method="magnitude", every=1).costs.disk_bytes == output
+
+
+def test_the_peak_of_streaming_does_not_grow_with_depth(tmp_path, tiny_mixtral):
+    totals = []
+    for depth in (2, 5):
+        source = read_source(str(save(tiny_mixtral(num_hidden_layers=depth), None, tmp_path / str(depth))))
+        planned = plan((source, read_shape(source)))
+        totals.append(streamed_peak(planned.shape, planned.run, planned.costs.state_bytes).total)
+    assert totals[0] == totals[1]
+
+
+def test_the_parts_of_the_streamed_peak(mixtral):
+    planned = plan(mixtral)
+    peak = streamed_peak(planned.shape, planned.run, planned.costs.state_bytes)
+    assert peak.parts["layer"] == 4 * LAYER and peak.parts["states"] == TOKENS * 32 * 4
+    assert peak.total == sum(peak.parts.values()) == peak.needed
+    offloaded = plan(mixtral, offloaded=True)
+    assert streamed_peak(offloaded.shape, offloaded.run, planned.costs.state_bytes).parts["states"] == 0
+    dense = plan(mixtral, propagate="dense")
+    assert streamed_peak(dense.shape, dense.run, planned.costs.state_bytes).parts["states"] == 2 * TOKENS * 32 * 4
+    on_gpu = streamed_peak(planned.shape, planned.run, planned.costs.state_bytes, accelerator=True)
+    assert "interpreter" not in on_gpu.parts
+
+
+def test_statistics_are_sums_or_second_moments(mixtral):
+    def statistics(**settings):
+        planned = plan(mixtral, **settings)
+        return streamed_peak(planned.shape, planned.run, planned.costs.state_bytes).parts["statistics"]
+
+    assert statistics(method="wanda", batch_size=3) == 8 * (5 * 32 + 4 * 64)
+    assert statistics(method="sparsegpt") == 4 * (5 * 32**2 + 4 * 64**2)
+
+
+def test_a_larger_batch_takes_more_workspace(tmp_path):
+    """What is alive while the experts of a batch are computed, by hand, where that is more than scoring takes."""
+    model = make_family("mixtral", torch.bfloat16, hidden_size=32, intermediate_size=512)
+    source = read_source(str(save(model, None, tmp_path)))
+    shape = read_shape(source)
+    run = Run(PruningConfig(sparsity=0.5, batch_size=8), 16, 2048, True)
+    tokens, slots = 8 * 2048, 2 * 8 * 2048
+    peak = streamed_peak(shape, run, 0)
+    assert peak.moment == "observing layer 0"
+    assert peak.parts["workspace"] == 2 * (3 * tokens * 32 + slots * 32 + slots * (2 * 512 + 2 * 512))
+
+
+def test_the_peak_in_memory(mixtral):
+    planned = plan(mixtral, streamed=False)
+    peak = in_memory_peak(planned.shape, planned.run, 0)
+    everything = 4 * (3 * LAYER + 2 * WORDS + 32)
+    assert peak.parts["weights"] == peak.parts[MAPPED] == everything
+    assert peak.needed == peak.total - everything
+
+
+def test_a_model_is_streamed_where_it_takes_most_of_the_memory():
+    assert not must_stream(100, 0, 200) and not must_stream(0, 160, 200)
+    assert must_stream(100, 1, 200) and must_stream(0, 161, 200)
+
+
+@pytest.fixture(scope="module")
+def mixtral_8x7b():
+    """The shapes of Mixtral-8x7B, without files."""
+    config = {
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "torch_dtype": "bfloat16",
+    }
+    tensors = {
+        "model.embed_tokens.weight": (32000, 4096),
+        "model.norm.weight": (4096,),
+        "lm_head.weight": (32000, 4096),
+    }
+    for layer in range(32):
+        prefix = f"model.layers.{layer}"
+        for name, width in (("q", 4096), ("k", 1024), ("v", 1024), ("o", 4096)):
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = (width, 4096)
+        for expert in range(8):
+            block = f"{prefix}.block_sparse_moe.experts.{expert}"
+            tensors |= {f"{block}.w1.weight": (14336, 4096), f"{block}.w2.weight": (4096, 14336)}
+            tensors[f"{block}.w3.weight"] = (14336, 4096)
+        tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (8, 4096)
+        tensors |= {f"{prefix}.{norm}_layernorm.weight": (4096,) for norm in ("input", "post_attention")}
+    layout = {"model.safetensors": {name: TensorInfo("BF16", shape) for name, shape in tensors.items()}}
+    source = Source("mixtral", config, layout)
+    return source, read_shape(source)
+
+
+def test_the_published_sizes_of_mixtral_8x7b(mixtral_8x7b):
+    source, shape = mixtral_8x7b
+    run = Run(PruningConfig(sparsity=0.5), 128, 2048, True)
+    output = output_layout(shape, source.layout)
+    costs = count_costs(shape, run, source.layout, output)
+    assert sum(info.numel for info in output["model.safetensors"].values()) == 46_702_792_704
+    assert source.nbytes == pytest.approx(93.4e9, rel=1e-3)
+    assert costs.state_bytes == pytest.approx(2.15e9, rel=2e-3)
+    assert costs.forward_flops == pytest.approx(2 * 6.7e15, rel=0.02)
+    experts = {name for name in output["model.safetensors"] if ".experts." in name}
+    assert packed_bytes(output, experts, 0.5) == pytest.approx(53.9e9, rel=2e-3)
+    layer = streamed_peak(shape, run, costs.state_bytes).parts["layer"]
+    assert layer == pytest.approx((2.82 + 0.084) * 1e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "method, workspace",
+    [
+        ("ria", 24 * 14336 * 4096),  # a whole matrix at once
+        ("sparsegpt", 4 * (4 * 14336**2 + 14336 * 4096)),  # of one expert at a time
+    ],
+)
+def test_what_scoring_takes(mixtral_8x7b, method, workspace):
+    _, shape = mixtral_8x7b
+    run = Run(PruningConfig(method=method, sparsity=0.5, batch_size=1), 1, 16, True)
+    peak = streamed_peak(shape, run, 0)
+    assert peak.moment == "pruning layer 0" and peak.parts["workspace"] == workspace
+
+
+def test_sparsegpt_takes_several_small_experts_at_once(mixtral):
+    planned = plan(mixtral, method="sparsegpt", batch_size=1)
+    peak = streamed_peak(planned.shape, Run(planned.run.config, 1, 1, True), 0)
+    assert peak.parts["workspace"] == 4 * (4 * 4 * 64**2 + 4 * 32 * 64)
