@@ -122,6 +122,25 @@ def hub_errors(model: str) -> Iterator[None]:
     raise InputError(f"model={model!r}: {reason}")
 
 
+@contextmanager
+def mismatch_errors(model: str) -> Iterator[None]:
+    """
+    For use around the loading of weights: transformers raises a `RuntimeError` where tensors cannot be put together.
+
+    Raises:
+        InputError: In its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise InputError(
+            f"model={model!r}: its weight files do not fit together: tensors of some experts are missing or have "
+            "another shape than the others; download it again"
+        ) from None
+
+
 def checkpoint_bytes(model: "PreTrainedModel") -> int:
     """Bytes that the weights of a model take on disk; tied ones count once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])

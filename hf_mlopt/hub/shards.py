@@ -6,6 +6,7 @@ full size at once, so a disk that is too full is known before any work, tensors 
 a crash, and nothing is held back in a buffer.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -138,17 +139,30 @@ def read_header(file: Path) -> tuple[dict[str, tuple[TensorInfo, int]], int]:
         with open(file, "rb") as stream:
             first = 8 + int.from_bytes(stream.read(8), "little")
         size = file.stat().st_size
-    except (OSError, SafetensorsParsingError, ValueError, TypeError, KeyError) as error:
+        ordered = sorted(found.items(), key=lambda item: tuple(item[1].data_offsets))
+        unknown = next((info.dtype for _, info in ordered if info.dtype not in DTYPE_BYTES), None)
+        end = 0 if unknown else _end_of_data(ordered)
+        tensors = {name: (TensorInfo(info.dtype, tuple(info.shape)), info.data_offsets[0]) for name, info in ordered}
+    except (OSError, SafetensorsParsingError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: incomplete or no safetensors file ({reason}); download it again") from None
-    ordered = sorted(found.items(), key=lambda item: item[1].data_offsets[0])
-    unknown = next((info.dtype for _, info in ordered if info.dtype not in DTYPE_BYTES), None)
     if unknown is not None:
         raise InputError(f"{file}: holds tensors of type {unknown}, which is not understood.")
-    expected = first + max((info.data_offsets[1] for _, info in ordered), default=0)
-    if size != expected:
-        raise InputError(f"{file}: has {size:,} bytes, its header says {expected:,}; download it again")
-    return {name: (TensorInfo(info.dtype, tuple(info.shape)), info.data_offsets[0]) for name, info in ordered}, first
+    if size != first + end:
+        raise InputError(f"{file}: has {size:,} bytes, its header says {first + end:,}; download it again")
+    return tensors, first
+
+
+def _end_of_data(ordered) -> int:
+    """Bytes of all tensors; `ValueError` if they do not stand one after the other, each as long as its shape says."""
+    place = 0
+    for name, info in ordered:
+        start, end = info.data_offsets
+        size = TensorInfo(info.dtype, tuple(info.shape)).nbytes
+        if start != place or end - start != size or any(length < 0 for length in info.shape):
+            raise ValueError(f"{name} is not {size} bytes that begin where the tensor before it ends")
+        place = end
+    return place
 
 
 class ShardWriter:
@@ -182,8 +196,7 @@ class ShardWriter:
         try:
             descriptor = os.open(self.directory / file, os.O_RDWR | os.O_CREAT, 0o644)
             self._descriptors.append(descriptor)
-            if hasattr(os, "posix_fallocate") and size:
-                os.posix_fallocate(descriptor, 0, size)
+            _reserve(descriptor, size)
             os.ftruncate(descriptor, size)
         except OSError as error:
             raise write_error(self.directory / file, error, size) from None
@@ -222,8 +235,11 @@ class ShardWriter:
 
     def sync(self) -> None:
         """Has everything written reach the disk."""
-        for descriptor in self._descriptors:
-            os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
+        for descriptor, file in zip(self._descriptors, self.layout, strict=True):
+            try:
+                os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
+            except OSError as error:  # what the system held back may fail only now
+                raise write_error(self.directory / file, error, 0) from None
 
     def close(self) -> None:
         while self._descriptors:
@@ -234,6 +250,17 @@ class ShardWriter:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Takes the room on the disk, where the file system can."""
+    if not hasattr(os, "posix_fallocate") or not size:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -266,8 +293,6 @@ def index_json(layout: Mapping[str, Mapping[str, TensorInfo]]) -> str:
 
 def write_error(path: Path, error: OSError, needed: int) -> InputError:
     """The one line a user gets when a file cannot be written."""
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(
             f"{path}: no room on the disk for {needed / 1e9:.2f} GB; free some space, then run again (with --resume)"

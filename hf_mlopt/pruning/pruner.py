@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -134,13 +135,15 @@ class MoEPruner:
 
         def measure_outliers():
             states, calls = first_states()
-            return layer_sparsities(source, states, calls, self.config, partial(bar, what="measuring outliers"))
+            with closing(states):
+                return layer_sparsities(source, states, calls, self.config, partial(bar, what="measuring outliers"))
 
         sparsities = None
         if self.config.allocation == "owl":
             sparsities = journal.remembered("owl", measure_outliers) if journal is not None else measure_outliers()
         states, calls = first_states()
-        return sweep(source, states, calls, self.config, bar, journal, sparsities)
+        with closing(states):
+            return sweep(source, states, calls, self.config, bar, journal, sparsities)
 
 
 def with_fewer_experts(model: nn.Module, moe: list[MoELayer], config: PruningConfig) -> nn.Module | None:

@@ -24,6 +24,9 @@ class States(list):
     def forget_earlier(self) -> None:
         """Nobody will go back to an earlier layer."""
 
+    def close(self) -> None:
+        """They are not read again."""
+
 
 class LayerCalls:
     """

@@ -65,15 +65,18 @@ class Journal:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync")
         self.writer: ShardWriter | None = None
         self._lock = None
-        if ranks.rank() == 0:
-            _begin(directory, identity, resume)
-            self._lock = _lock(directory)
-        ranks.wait_for_all()
-        # A name of its own in a directory that the user gave: several runs may share it.
-        name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-        parent = offload / f"states-{name}" if offload else directory / "states"
-        self.files = StateFiles(parent / f"rank-{ranks.rank()}")
-        self.reports, self._complete = ranks.from_first(self._finished())
+        try:
+            if ranks.rank() == 0:
+                self._lock = _begin(directory, identity, resume)
+            ranks.wait_for_all()
+            # A name of its own in a directory that the user gave: several runs may share it.
+            name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+            parent = offload / f"states-{name}" if offload else directory / "states"
+            self.files = StateFiles(parent / f"rank-{ranks.rank()}")
+            self.reports, self._complete = ranks.from_first(self._finished())
+        except BaseException:
+            self.close()
+            raise
 
     def _finished(self) -> tuple[list[LayerReport], bool]:
         """Reports of the layers that need not be done again, and whether nothing is left to be calibrated."""
@@ -145,6 +148,9 @@ class Journal:
     def finish(self, output: Path) -> None:
         """The checkpoint is complete: it gets its name, and the rest goes."""
         self._wait()
+        if self.writer is not None:
+            self.writer.sync()
+            self.writer.close()
         if output.is_dir():
             output.rmdir()  # it is empty, and rename replaces no directory on some systems
         os.replace(self.checkpoint, output)
@@ -190,24 +196,41 @@ def write_json(path: Path, record: dict) -> None:
         raise write_error(path, error, 0) from None
 
 
-def _begin(directory: Path, identity: dict, resume: bool) -> None:
-    manifest = directory / "manifest.json"
-    if manifest.is_file():
-        if not resume:
-            raise InputError(
-                f"output: an unfinished run stands in {directory}; add --resume to go on with it, or remove it"
-            )
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-        differing = _differences(before, json.loads(json.dumps(identity)))
-        if differing:
-            raise InputError(
-                f"resume: the unfinished run in {directory} is another one: {'; '.join(differing)}. Give what it was "
-                "started with, or remove it"
-            )
-        return
-    for part in ("layers", "checkpoint"):
-        (directory / part).mkdir(parents=True, exist_ok=True)
-    write_json(manifest, identity)
+def _begin(directory: Path, identity: dict, resume: bool) -> int:
+    """Finds or makes the directory of a run; returns the lock on it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _lock(directory)
+    except OSError as error:
+        raise write_error(directory, error, 0) from None
+    try:
+        manifest = directory / "manifest.json"
+        # Without one of them a run was killed before it began or when it was complete.
+        if manifest.is_file() and (directory / "checkpoint").is_dir():
+            _refuse_other(directory, json.loads(manifest.read_text(encoding="utf-8")), identity, resume)
+            return lock
+        for leftover in ("layers", "checkpoint", "states"):
+            shutil.rmtree(directory / leftover, ignore_errors=True)
+        for part in ("layers", "checkpoint"):
+            (directory / part).mkdir()
+        write_json(manifest, identity)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _refuse_other(directory: Path, before: dict, identity: dict, resume: bool) -> None:
+    if not resume:
+        raise InputError(
+            f"output: an unfinished run stands in {directory}; add --resume to go on with it, or remove it"
+        )
+    differing = _differences(before, json.loads(json.dumps(identity)))
+    if differing:
+        raise InputError(
+            f"resume: the unfinished run in {directory} is another one: {'; '.join(differing)}. Give what it was "
+            "started with, or remove it"
+        )
 
 
 def _differences(before, now, name: str = "") -> list[str]:

@@ -47,6 +47,7 @@ class StreamedLayers:
         self._kind = model  # the model whose tensors the loaded layer has: this or, once experts are gone, `smaller`
         self._stored_names = [sorted(self._names_in_file(index), key=dot_natural_key) for index in range(len(self))]
         self._ahead = _ReadAhead(reader)
+        self._before: dict[str, torch.Tensor] = {}  # what stands in the place of the loaded layer's tensors otherwise
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -57,11 +58,11 @@ class StreamedLayers:
         root = next(name for name, module in self.model.named_modules() if module is self.model.base_model)
         inside = [f"{root}.{name}".lstrip(".") for name in self.model.base_model.state_dict()]
         names = [name for name in inside if not name.startswith(f"{self.prefix}.")]
-        load_parameters(self.model, names, self.reader)
+        before = load_parameters(self.model, names, self.reader)
         try:
             yield
         finally:
-            release_(self.model, names)
+            release_(self.model, before)
 
     def _parameter_names(self, model, index: int) -> list[str]:
         prefix = f"{self.prefix}.{index}"
@@ -76,7 +77,7 @@ class StreamedLayers:
     def load(self, index: int) -> tuple[str, nn.Module, MoELayer | None]:
         self._ahead.stop()
         prefix, layer = f"{self.prefix}.{index}", self.layers[index]
-        load_parameters(self.model, self._parameter_names(self.model, index), self.reader)
+        self._before = load_parameters(self.model, self._parameter_names(self.model, index), self.reader)
         if index + 1 < len(self):
             self._ahead.start(self._stored_names[index + 1])
         self._kind = self.model
@@ -93,7 +94,7 @@ class StreamedLayers:
             values = {name: state[name.removeprefix(f"{self.prefix}.{index}.")].cpu() for name in names}
             for name, value in stored_tensors(self._kind, values).items():
                 self.writer.write(name, bytes_of(value.contiguous()))
-        release_(self.model, names)
+        release_(self.model, self._before)
         _return_memory()
 
     def copy_rest(self) -> None:
@@ -103,7 +104,6 @@ class StreamedLayers:
         Raises:
             InputError: If a weight there is not finite.
         """
-        self._ahead.stop()
         inside = {name for names in self._stored_names for name in names}
         for file in self.writer.layout.values():
             for name, info in file.items():
@@ -115,8 +115,12 @@ class StreamedLayers:
                     raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
                 self.writer.write(name, bytes_of(value))
 
+    def close(self) -> None:
+        """Ends the thread that reads ahead."""
+        self._ahead.close()
 
-def load_parameters(model, names: list[str], reader: ShardReader) -> None:
+
+def load_parameters(model, names: list[str], reader: ShardReader) -> dict[str, torch.Tensor]:
     """
     Reads parameters and buffers of a skeleton, straight to where they belong.
 
@@ -125,10 +129,13 @@ def load_parameters(model, names: list[str], reader: ShardReader) -> None:
         names (`list[str]`): Everything that is stored together, such as all of a layer.
         reader (`ShardReader`): The files.
 
+    Returns:
+        `dict[str, torch.Tensor]`: What [`~streaming.skeleton.release_`] puts back.
+
     Raises:
         InputError: If a weight is not finite.
     """
-    parameters = materialize_(model, names)
+    parameters, before = materialize_(model, names)
     stored = stored_tensors(model, parameters)
     if not are_views(stored, parameters):
         raise InputError(
@@ -139,6 +146,7 @@ def load_parameters(model, names: list[str], reader: ShardReader) -> None:
     for name, value in parameters.items():
         if value.is_floating_point() and not is_finite(value):
             raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
+    return before
 
 
 def read_tensor(reader: ShardReader, name: str, target: torch.Tensor) -> None:
@@ -179,3 +187,7 @@ class _ReadAhead:
         if self._running is not None:
             self._running.exception()
             self._running = None
+
+    def close(self) -> None:
+        self.stop()
+        self._pool.shutdown()

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from hf_mlopt.errors import InputError
+from hf_mlopt.hub.checkpoint import mismatch_errors
 from hf_mlopt.hub.shards import Layout, ShardReader, TensorInfo
 
 
@@ -53,7 +54,7 @@ def load_skeleton(model_class: type, config, reader: ShardReader, name: str) -> 
     headers = {
         key: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for key, info in reader.tensors.items()
     }
-    with _no_progress_bar():  # it would say that weights are loaded
+    with _no_progress_bar(), mismatch_errors(name):  # the bar would say that weights are loaded
         model, info = model_class.from_pretrained(
             None,
             config=config,
@@ -87,8 +88,9 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _main_dtype(reader: ShardReader) -> torch.dtype:
     """The dtype of the first tensor of floats, as transformers takes it where the configuration names none."""
-    words = (info.dtype for info in reader.tensors.values())
-    return next((DTYPES[word] for word in words if DTYPES[word].is_floating_point), torch.float32)
+    first = next(iter(reader.layout.values()))
+    dtypes = (DTYPES[first[name].dtype] for name in sorted(first))  # the library lists them by name
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
@@ -168,23 +170,25 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
-def materialize_(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
-    """Gives meta parameters and buffers uninitialised memory; returns it by name."""
-    made = {}
+def materialize_(model: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gives meta parameters and buffers uninitialised memory; returns it by name, and what stood there."""
+    made, before = {}, {}
     for name in names:
         place, leaf = _place(model, name)
-        empty = torch.empty(place[leaf].shape, dtype=place[leaf].dtype)
-        place[leaf] = nn.Parameter(empty, requires_grad=False) if isinstance(place[leaf], nn.Parameter) else empty
-        made[name] = empty
-    return made
+        before[name] = place[leaf]
+        made[name] = torch.empty(place[leaf].shape, dtype=place[leaf].dtype)
+        is_parameter = isinstance(place[leaf], nn.Parameter)
+        place[leaf] = nn.Parameter(made[name], requires_grad=False) if is_parameter else made[name]
+    return made, before
 
 
-def release_(model: nn.Module, names: list[str]) -> None:
-    """Puts parameters and buffers back on the meta device."""
-    for name in names:
-        place, leaf = _place(model, name)
-        empty = torch.empty_like(place[leaf], device="meta")
-        place[leaf] = nn.Parameter(empty, requires_grad=False) if isinstance(place[leaf], nn.Parameter) else empty
+def release_(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Puts what stood there back, so that tied parameters are one again; those of experts that went are left out."""
+    modules = dict(model.named_modules())
+    for name, value in before.items():
+        if name.rpartition(".")[0] in modules:
+            place, leaf = _place(model, name)
+            place[leaf] = value
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict, str]:

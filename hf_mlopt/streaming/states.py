@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hf_mlopt.hub.shards import ShardReader, ShardWriter, TensorInfo
+from hf_mlopt.hub.shards import ShardReader, ShardWriter, TensorInfo, write_error
 from hf_mlopt.pruning.states import States
 from hf_mlopt.streaming.skeleton import DTYPES, bytes_of
 
@@ -24,7 +24,10 @@ class StateFiles:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(directory, error, 0) from None
 
     def path(self, layer: int) -> Path:
         """The file with the input of `layer`; complete if it exists."""

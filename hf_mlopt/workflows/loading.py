@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.hub import Checkpoint, hub_errors
+from hf_mlopt.hub.checkpoint import mismatch_errors
 
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 64  # bytes, as torch allocates
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
@@ -41,7 +44,7 @@ def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreT
     """The model of a checkpoint, in the dtype it is stored in, in evaluation mode, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    with hub_errors(checkpoint.name):
+    with hub_errors(checkpoint.name), mismatch_errors(checkpoint.name):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.name,
             revision=checkpoint.revision,
@@ -57,6 +60,10 @@ def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreT
             f"model={checkpoint.name!r}: {len(absent)} tensors are missing in its weight files or have another shape "
             f"than its config.json says, {absent[0]} first; download it again"
         )
+    for parameter in model.parameters():
+        # The last bit of a matrix product depends on where its factors begin, and a mapped file begins anywhere.
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
     return model.eval()
 
 

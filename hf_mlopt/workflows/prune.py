@@ -230,7 +230,7 @@ def _command(recipe: PruneRecipe) -> str:
         if field.name in ("model", "output") or value == field.default:
             continue
         flag = "--" + field.name.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
+        words += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
     return shlex.join(words)
 
 

@@ -1,5 +1,7 @@
 """The streamed form of `hf-mlopt prune`: one decoder layer in memory at a time, resumable at any moment."""
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,23 +53,25 @@ def prune_streamed(
             logger.warning(f"{len(unused)} tensors are no part of the model and are left out, {unused[0]} first")
         journal = Journal(
             unfinished_directory(output),
-            _identity(recipe, reader, calibration, device),
+            _identity(recipe, checkpoint, reader, calibration, device),
             resume=recipe.resume,
             save_states_every=recipe.save_states_every,
             offload=recipe.offload_states and Path(recipe.offload_states).expanduser().resolve(),
         )
+        source = None
         try:
             if ranks.rank() == 0:
                 journal.writer = ShardWriter(journal.checkpoint, layout)
             prefix, _ = decoder_layers(model, moe)
             source = StreamedLayers(model, prefix, moe, reader, journal.writer, device, smaller)
+            if ranks.rank() == 0:
+                source.copy_rest()  # first, so that damage there is found before any layer is computed
             report = MoEPruner(recipe.pruning).prune(
                 model, calibration and calibration.token_ids, device=device, source=source, journal=journal
             )
             if calibration is not None:
                 report.calibration = calibration_record(calibration)
             if ranks.rank() == 0:
-                source.copy_rest()
                 provenance, files = documents(model if smaller is None else smaller, report, recipe, checkpoint)
                 if len(layout) > 1:
                     files["model.safetensors.index.json"] = index_json(layout)
@@ -78,11 +82,15 @@ def prune_streamed(
                 journal.finish(output)
             ranks.wait_for_all()
         finally:
+            if source is not None:
+                source.close()
+            if journal.writer is not None:
+                journal.writer.close()
             journal.close()
     return report, output
 
 
-def _identity(recipe: PruneRecipe, reader: ShardReader, calibration, device) -> dict:
+def _identity(recipe: PruneRecipe, checkpoint: Checkpoint, reader: ShardReader, calibration, device) -> dict:
     """Everything that the weights of the result depend on."""
     import torch
     import transformers
@@ -90,6 +98,7 @@ def _identity(recipe: PruneRecipe, reader: ShardReader, calibration, device) -> 
     from hf_mlopt.pruning import ranks
     from hf_mlopt.streaming.journal import SWEEP_FORMAT, source_identity
 
+    config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
     return {
         "format": SWEEP_FORMAT,
         "hf_mlopt": __version__,
@@ -97,6 +106,7 @@ def _identity(recipe: PruneRecipe, reader: ShardReader, calibration, device) -> 
         "transformers": transformers.__version__,
         "device": device.type,
         "processes": ranks.world_size(),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "recipe": to_dict(recipe.pruning),
         "calibration": calibration and calibration.source["fingerprint"],
         "source": source_identity(reader),
