@@ -32,6 +32,7 @@ PEERS = HERE / "peers"
 PEER_PYTHON = PEERS / ".venv-llmcompressor" / "bin" / "python"
 SIZES = {"hidden": 1024, "intermediate": 3584, "experts": 8, "vocabulary": 2048}
 SAMPLES, LENGTH, BATCH = 32, 64, 4
+PARTS = {"depth": ("depth",), "wall": ("wall",), "peers": ("peer", "peer ratio"), "quality": ("quality",)}
 
 
 def write_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int, experts: int, vocabulary: int) -> int:
@@ -243,11 +244,24 @@ def summarize_peers(results: Results) -> None:
                         )
 
 
+def keep_other_parts(results: Results, run: list[str]) -> None:
+    """Takes over what earlier runs found in the parts that are not run now."""
+    if not results.path.is_file():
+        return
+    before = json.loads(results.path.read_text())
+    run_again = {kind for part in run for kind in PARTS[part]}
+    results.record["rows"] = [row for row in before["rows"] if row["kind"] not in run_again]
+    if "dense_perplexity" in before:
+        results.record["dense_perplexity"] = before["dense_perplexity"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="2 and 4 layers, one pair, one seed; no peers.")
     parser.add_argument("--folder", type=Path, help="Where the checkpoints are written (and removed); default: temp.")
-    parser.add_argument("--only", nargs="*", default=["depth", "wall", "peers", "quality"], metavar="PART")
+    parser.add_argument(
+        "--only", nargs="*", choices=PARTS, default=list(PARTS), help="Parts to run; rows of the others are kept."
+    )
     arguments = parser.parse_args()
     name = "pruning_scale_short" if arguments.short else "pruning_scale"
     command = "python benchmarks/pruning_scale.py" + (" --short" if arguments.short else "")
@@ -256,10 +270,10 @@ def main() -> None:
     from scale_quality import measure_quality
 
     results = Results(name, command)
-    left_out = [part for part in ("depth", "wall", "peers", "quality") if part not in arguments.only]
+    keep_other_parts(results, arguments.only)
     if arguments.short:
-        left_out += ["peers", "8 and 32 layers", "seeds 1 and 2"]
-    results.note(not_run=", ".join(dict.fromkeys(left_out)), tokens=[SAMPLES, LENGTH], batch_size=BATCH)
+        results.note(not_run="peers, 8 and 32 layers, seeds 1 and 2")
+    results.note(tokens=[SAMPLES, LENGTH], batch_size=BATCH)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         folder = Path(folder)
         if "depth" in arguments.only or "wall" in arguments.only:

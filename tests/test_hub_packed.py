@@ -182,7 +182,7 @@ def test_a_header_that_no_library_writes_comes_back_too(tmp_path):
 def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
     entries = {"a": {"shape": [4], "dtype": "F32", "data_offsets": [4, 20]}}
     file = write_by_hand(tmp_path / "hole.safetensors", entries, bytes(20))
-    with pytest.raises(InputError, match="hole.safetensors: its header cannot be used .the bytes of a are not where"):
+    with pytest.raises(InputError, match="hole.safetensors: .*a is not 16 bytes that begin where"):
         header_tensors(raw_header(file), file)
 
 

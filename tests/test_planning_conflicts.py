@@ -9,7 +9,7 @@ import pytest
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub.shards import TensorInfo
 from hf_mlopt.planning import conflicts, make_plan, plan, read_shape, read_source
-from hf_mlopt.planning.memory import MAPPED, Peak
+from hf_mlopt.planning.memory import Peak
 from hf_mlopt.pruning import PruningConfig, validate
 from hf_mlopt.workflows.prune import PruneRecipe
 from tests.command_line import save
@@ -133,7 +133,7 @@ def test_devices(model, monkeypatch):
     ],
 )
 def test_too_little_memory(parts, streamed, remedy):
-    peak = Peak("observing", {name: size * 10**9 for name, size in parts.items()} | {MAPPED: 10**9})
+    peak = Peak("observing", {name: size * 10**9 for name, size in parts.items()})
     assert conflicts.memory_conflicts(peak, 10 * 10**9, "memory", streamed, 8) == []
     (found,) = conflicts.memory_conflicts(peak, 9 * 10**9, "memory", streamed, 8)
     assert found.startswith("memory: needs 10.00 GB, but 9.00 GB are available; ") and remedy in found
@@ -145,6 +145,16 @@ def test_memory_is_compared_with_what_this_machine_has(model, monkeypatch):
     assert small.run["streamed"] and small.run["why"] == "the model does not fit in memory"
     assert [line.partition(":")[0] for line in small.conflicts] == ["memory"]
     assert not planned(model, stream=False).run["streamed"]
+
+
+def test_pages_that_the_system_can_take_back_are_no_reason_to_refuse(model, monkeypatch):
+    settings = {"stream": False, "sparsity": None, "drop_experts": 0.25, "samples": 1, "sequence_length": 1}
+    peak = planned(model, **settings).peak
+    assert peak.moment == "loading"
+    monkeypatch.setattr(plan, "available_memory", lambda: peak.total - 1)
+    assert planned(model, **settings).conflicts == []
+    monkeypatch.setattr(plan, "available_memory", lambda: peak.total - peak.parts["mapped files"])
+    assert [line.partition(":")[0] for line in planned(model, **settings).conflicts] == ["memory"]
 
 
 def test_memory_of_a_gpu_counts_by_itself(model, monkeypatch):

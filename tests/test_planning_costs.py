@@ -9,7 +9,7 @@ from hf_mlopt.hub.shards import TensorInfo
 from hf_mlopt.planning import output_layout, read_shape, read_source
 from hf_mlopt.planning.costs import Run, count_costs
 from hf_mlopt.planning.layout import file_bytes, packed_bytes
-from hf_mlopt.planning.memory import MAPPED, in_memory_peak, must_stream, streamed_peak
+from hf_mlopt.planning.memory import in_memory_peak, must_stream, streamed_peak
 from hf_mlopt.planning.source import Source
 from hf_mlopt.pruning.config import PruningConfig
 from tests.command_line import save
@@ -132,7 +132,7 @@ def test_the_parts_of_the_streamed_peak(mixtral):
     planned = plan(mixtral)
     peak = streamed_peak(planned.shape, planned.run, planned.costs.state_bytes)
     assert peak.parts["layer"] == 4 * LAYER and peak.parts["states"] == TOKENS * 32 * 4
-    assert peak.total == sum(peak.parts.values()) == peak.needed
+    assert peak.total == sum(peak.parts.values())
     offloaded = plan(mixtral, offloaded=True)
     assert streamed_peak(offloaded.shape, offloaded.run, planned.costs.state_bytes).parts["states"] == 0
     dense = plan(mixtral, propagate="dense")
@@ -164,10 +164,17 @@ def test_a_larger_batch_takes_more_workspace(tmp_path):
 
 def test_the_peak_in_memory(mixtral):
     planned = plan(mixtral, streamed=False)
-    peak = in_memory_peak(planned.shape, planned.run, 0)
-    everything = 4 * (3 * LAYER + 2 * WORDS + 32)
-    assert peak.parts["weights"] == peak.parts[MAPPED] == everything
-    assert peak.needed == peak.total - everything
+    everything, layers, up = 4 * (3 * LAYER + 2 * WORDS + 32), 4 * 3 * LAYER, 4 * 3 * 4 * 2 * 64 * 32
+    states = 10**6
+    peak = in_memory_peak(planned.shape, planned.run, states)
+    assert peak.moment == "pruning layer 0" and peak.parts["states"] == states and peak.parts["layer"] == 0
+    assert peak.parts["weights"] == everything
+    # Where no weights are scored and there is one token only: the loading, or the saving if pages do not count.
+    short = Run(PruningConfig(drop_experts=0.25), 1, 1, False)
+    peak = in_memory_peak(planned.shape, short, 0)
+    assert peak.moment == "loading" and peak.parts["mapped files"] == layers
+    peak = in_memory_peak(planned.shape, short, 0, mapped=False)
+    assert peak.moment == "saving" and peak.parts["saving"] == up
 
 
 def test_a_model_is_streamed_where_it_takes_most_of_the_memory():

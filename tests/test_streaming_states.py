@@ -105,7 +105,7 @@ def test_the_list_is_that_of_the_layers(files):
     files.keep_only(12)
     assert files.layers() == [12]
     (files.directory / "of-somebody-else").touch()
-    files.keep_only(None)
+    files.keep_only(13)
     assert os.listdir(files.directory) == ["of-somebody-else"]
 
 

@@ -255,6 +255,8 @@ def test_one_of_two_is_killed(tmp_path, words, alone, dies_at):
     assert not (tmp_path / "pruned").exists()
     outcome = hf_mlopt(*words, "--resume")
     assert outcome.status == 2 and "processes was 2 and is 1" in outcome.err
+    first, second = command(*words)  # refused by the one that writes; the other does not wait for it
+    assert first[0] == 2 and "unfinished run" in first[3] and second[0] != 0, second
     answers = command(*words, "--resume")
     assert [answer[0] for answer in answers] == [0, 0], answers
     assert same(tmp_path / "pruned", alone)

@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
     what = recipe.calibration if recipe.needs_calibration else "nothing"
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if first:
-        print(f"pruning {recipe.model}: {recipe.method} {recipe.label}, scope {recipe.scope}, calibrated on {what}")
+        how = f"{recipe.method} {recipe.label}" if recipe.prunes_weights else f"{recipe.label} by {recipe.drop_score}"
+        print(f"pruning {recipe.model}: {how}, scope {recipe.scope}, calibrated on {what}")
     report, output = prune_checkpoint(recipe)
     if first:
         print(report)

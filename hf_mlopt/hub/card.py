@@ -88,13 +88,14 @@ def pruning_card(report: dict, name: str, *, command: str | None = None, license
     evaluation = report.get("evaluation") or []
     # The Hub resolves nothing but its own ids; a directory's name holds no slash.
     base_model = model["source"] if "/" in (model["source"] or "") else None
+    prunes = report["pattern"] is not None or report["sparsity"] is not None
     method, ranking = _METHODS.get(report["method"], (report["method"], None))
     card_data = {
         "base_model": base_model,
         "library_name": "transformers",
         "license": license,
         "pipeline_tag": "text-generation",
-        "tags": ["mixture-of-experts", "pruning", "sparse", report["method"], "hf_mlopt"],
+        "tags": ["mixture-of-experts", "pruning", *(["sparse", report["method"]] if prunes else []), "hf_mlopt"],
         "datasets": [calibration["dataset"]] if calibration.get("dataset") else None,
         "eval_results": [_eval_result(row) for row in evaluation] or None,
         "model_name": name.split("/")[-1] if evaluation else None,  # belongs to the results

@@ -80,7 +80,7 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Checkp
     _refuse_packed(str(model), directory)
     _read_config(directory)
     index = directory / f"{_WEIGHTS[0]}.index.json"
-    size = json.loads(index.read_text())["metadata"].get("total_size") if index.is_file() else None
+    size = _read_index(index).get("metadata", {}).get("total_size") if index.is_file() else None
     return Checkpoint(str(model), directory, directory.name, size, _license(directory))
 
 
@@ -209,18 +209,19 @@ def complete_checkpoint(
             (directory / name).write_text(content, encoding="utf-8")
 
 
-def copy_config(source: Path, directory: Path, num_experts: int | None = None) -> None:
+def copy_config(source: Path, directory: Path, experts: tuple[int, int] | None = None) -> None:
     """
     Takes `config.json`, and the modeling code beside it, over from the original, as its readers know it.
 
     Args:
         source (`Path`), directory (`Path`): Of the original and of the new checkpoint.
-        num_experts (`int`, *optional*): The new number of routed experts, where some were removed.
+        experts (`tuple[int, int]`, *optional*): Routed experts before and after, where some were removed.
     """
     config = _read_config(source)
-    if num_experts is not None:
+    if experts is not None:
+        before, after = experts
         for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
-            holder |= {key: num_experts for key in EXPERT_COUNT_KEYS if isinstance(holder.get(key), int)}
+            holder |= {key: after for key in EXPERT_COUNT_KEYS if holder.get(key) == before}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in source.glob("*.py"):
         shutil.copyfile(file, directory / file.name)
@@ -323,13 +324,24 @@ def _read_config(directory: Path) -> dict:
     return config
 
 
+def _read_index(path: Path) -> dict:
+    """The index of shards: a mapping with `weight_map`."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise InputError(f"{path}: not an index of shards, it has no weight_map; download it again")
+    return index
+
+
 def _weight_files(directory: Path) -> list[Path]:
     for name in _WEIGHTS:
         index = directory / f"{name}.index.json"
         if (directory / name).is_file():
             files = [directory / name]
         elif index.is_file():
-            files = [directory / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [directory / shard for shard in sorted(set(_read_index(index)["weight_map"].values()))]
         else:
             continue
         missing = [file.name for file in files if not file.is_file()]

@@ -72,6 +72,11 @@ def staged_output(output: str | Path) -> Iterator[Path]:
         raise
 
 
+def unfinished_directory(output: Path) -> Path:
+    """Where a run keeps what it has done until it is complete."""
+    return output.with_name(f".{output.name}.unfinished")
+
+
 def _remove_leftovers(output: Path) -> None:
     if not output.parent.is_dir():
         return

@@ -9,7 +9,8 @@ a crash, and nothing is held back in a buffer.
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,8 +171,8 @@ class ShardWriter:
     Safetensors files of known layout, created at full size and filled in any order.
 
     Args:
-        directory (`Path`): Where the files go; it must exist. Files that are there already with the same header are
-            gone on with, what they hold is kept.
+        directory (`Path`): Where the files go; it must exist. Files that are there already are gone on with: what they
+            hold is kept, so they must have the same layout.
         layout (`dict[str, dict[str, TensorInfo]]`): Tensors by file.
         metadata (`dict[str, str]`, *optional*): Header metadata of every file.
 
@@ -291,10 +292,18 @@ def index_json(layout: Mapping[str, Mapping[str, TensorInfo]]) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
+@contextmanager
+def write_errors(directory: Path) -> Iterator[None]:
+    """Turns an `OSError` of writing small files in a directory into the one line a user gets."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(Path(error.filename or directory), error, 0) from None
+
+
 def write_error(path: Path, error: OSError, needed: int) -> InputError:
     """The one line a user gets when a file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(
-            f"{path}: no room on the disk for {needed / 1e9:.2f} GB; free some space, then run again (with --resume)"
-        )
+        size = f" for {needed / 1e9:.2f} GB" if needed >= 1e7 else ""
+        return InputError(f"{path}: no room on the disk{size}; free some space, then run again (with --resume)")
     return InputError(f"{path}: cannot be written ({error.strerror})")

@@ -94,7 +94,7 @@ def device_conflicts(device: str) -> list[str]:
 
 def memory_conflicts(peak: Peak, available: int, what: str, streamed: bool, batch_size: int) -> list[str]:
     """A peak above what is free; `what` names the memory."""
-    if peak.needed <= available:
+    if peak.total <= available:
         return []
     parts = peak.parts
     remedy = "stream it (--stream)"
@@ -104,7 +104,7 @@ def memory_conflicts(peak: Peak, available: int, what: str, streamed: bool, batc
             "states": "keep the states on disk (--offload-states DIR) or give fewer samples",
             "workspace": f"lower batch_size (now {batch_size})",
         }.get(others, f"the {others} alone takes {parts[others] / 1e9:.2f} GB; use a larger machine")
-    return [f"{what}: needs {peak.needed / 1e9:.2f} GB, but {available / 1e9:.2f} GB are available; {remedy}"]
+    return [f"{what}: needs {peak.total / 1e9:.2f} GB, but {available / 1e9:.2f} GB are available; {remedy}"]
 
 
 def disk_conflicts(

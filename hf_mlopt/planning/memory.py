@@ -15,7 +15,6 @@ from hf_mlopt.planning.shape import LayerShape, Matrix, ModelShape, is_float
 
 INTERPRETER = 405_000_000  # Python, torch, transformers, a model without weights
 CALIBRATING = 120_000_000  # datasets, a tokenizer, the text, and the kernels of a forward pass
-MAPPED = "mapped files"  # a part of memory that the system takes back when it needs it
 IN_MEMORY_FACTOR = 1.6  # saving with transformers, in units of the weights
 _STREAMING_MARGIN = 0.8  # of the available memory that a model in memory may take
 _CPU_CHUNK = 1 << 20  # weights scored at once
@@ -43,11 +42,6 @@ class Peak:
     def total(self) -> int:
         """Bytes that the system counts as the process's."""
         return sum(self.parts.values())
-
-    @property
-    def needed(self) -> int:
-        """Bytes without those the system can take back."""
-        return self.total - self.parts.get(MAPPED, 0)
 
 
 def must_stream(weight_bytes: int, state_bytes: int, available: int) -> bool:
@@ -80,17 +74,21 @@ def streamed_peak(shape: ModelShape, run: Run, states: int, *, accelerator: bool
     return max(moments, key=lambda peak: peak.total)
 
 
-def in_memory_peak(shape: ModelShape, run: Run, states: int) -> Peak:
+def in_memory_peak(shape: ModelShape, run: Run, states: int, *, mapped: bool = True) -> Peak:
     """
-    The highest point of a run with the whole model in memory: while it is swept, or when it is saved.
+    The highest point of a run with the whole model in memory: while it is loaded, swept or saved.
 
-    Loading maps the source's files into memory, and their pages count as this process's until the system wants them.
+    Args:
+        shape (`ModelShape`), run (`Run`), states (`int`): As in [`streamed_peak`].
+        mapped (`bool`, *optional*, defaults to `True`): Whether pages of the source's files count, which loading maps
+            into memory. The system counts them as the process's, but takes them back when it needs them.
     """
     width = DTYPE_BYTES[shape.dtype]
-    stored = [shape.rest, *(layer.tensors for layer in shape.layers)]
-    weights = sum(_loaded(tensors, width) for tensors in stored)
-    mapped = sum(info.nbytes for tensors in stored for info in tensors.values())
-    held = {"interpreter": _interpreter(run), "weights": weights, MAPPED: mapped}
+    inside = [layer.tensors for layer in shape.layers]
+    weights = sum(_loaded(tensors, width) for tensors in [shape.rest, *inside])
+    held = {"interpreter": _interpreter(run), "weights": weights}
+    # The layers' matrices are put together from the files' pages; what is outside them is taken as it lies there.
+    pages = sum(info.nbytes for tensors in inside for info in tensors.values()) if mapped else 0
     # Experts that the files hold one by one are split out of the stacks again, gate from up.
     split = sum(
         matrix.numel * width
@@ -98,7 +96,7 @@ def in_memory_peak(shape: ModelShape, run: Run, states: int) -> Peak:
         for matrix in layer.experts
         if matrix.reads == "hidden" and matrix.experts == 1
     )
-    moments = [Peak("saving", {**held, "saving": split})]
+    moments = [Peak("loading", {**held, "mapped files": pages}), Peak("saving", {**held, "saving": split})]
     for layer in shape.layers:
         for moment in _layer_moments(shape, run, layer, {**held, "states": states}, states, accelerator=False):
             moments.append(Peak(moment.moment, moment.parts | {"layer": 0}))

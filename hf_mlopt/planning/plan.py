@@ -91,7 +91,8 @@ def make_plan(recipe, *, measure: bool = False) -> Plan:
 
     found = check.model_conflicts(source, shape, recipe, recipe.trust_remote_code)
     found += check.device_conflicts(recipe.device)
-    found += check.memory_conflicts(peak, available, "memory", streamed, recipe.batch_size)
+    needed = peak if streamed else in_memory_peak(shape, run, costs.state_bytes, mapped=False)
+    found += check.memory_conflicts(needed, available, "memory", streamed, recipe.batch_size)
     if device_peak is not None:
         found += check.memory_conflicts(device_peak, gpu, "memory of the GPU", True, recipe.batch_size)
     found += check.disk_conflicts(

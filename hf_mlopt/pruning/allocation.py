@@ -5,7 +5,6 @@ outliers (OWL). Pure functions; rows of a matrix always have the same sparsity.
 
 # E experts   C covered experts   O output features   D input features   G grid points   L layers
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -14,14 +13,10 @@ import torch
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.pruning.apply import chunks
 from hf_mlopt.pruning.config import PruningConfig
+from hf_mlopt.pruning.grid import MAX_SPARSITY, sparsity_grid
 from hf_mlopt.pruning.patterns import num_pruned
 from hf_mlopt.pruning.scores import METHODS, magnitude, wanda
 from hf_mlopt.pruning.targets import Target
-
-
-_MAX_DEVIATION = 0.15
-_MAX_SPARSITY = 0.95
-_STEP = 0.025  # of the grid, at most, where the widths allow it
 
 
 def expert_sparsities(
@@ -57,36 +52,6 @@ def expert_sparsities(
         moments = None if moments is None else moments[experts]
         energy_EG[experts] += removed_energy(target.weight_EOD, moments, config, grid, target.matrices)
     return allocate(energy_EG, grid, config.sparsity, uncovered_E)
-
-
-def sparsity_grid(sparsity: float, widths: Iterable[int]) -> list[float]:
-    r"""
-    The sparsities an expert may get: equally spaced around `sparsity`, at most 0.15 from it, in [0, 0.95].
-
-    Steps are multiples of 1 / gcd(widths). So floor(p · d_in) grows by the same whole number at every step in every
-    matrix, and one expert's step up pays exactly for another's step down.
-
-    Args:
-        sparsity (`float`): What the experts have on average; one of the points.
-        widths (`Iterable[int]`): Input widths of the matrices of an expert.
-
-    Raises:
-        ConfigurationError: If there is no point on one of the sides: the widths have no useful common divisor, or
-            `sparsity` is close to 0 or 0.95.
-    """
-    divisor = math.gcd(*widths)
-    step = max(1, int(_STEP * divisor)) / divisor
-    below = int(min(_MAX_DEVIATION, sparsity) / step + 1e-9)
-    above = int(min(_MAX_DEVIATION, _MAX_SPARSITY - sparsity) / step + 1e-9)
-    if below < 1 or above < 1:
-        low, high = max(0.0, sparsity - _MAX_DEVIATION), min(_MAX_SPARSITY, sparsity + _MAX_DEVIATION)
-        raise ConfigurationError(
-            "allocation",
-            "load",
-            f"has no choice: around sparsity={sparsity:g} the experts can move in steps of {step:.3g} only (common to "
-            f"rows of {', '.join(map(str, sorted(widths)))} inputs), within {low:.3g} and {high:.3g}; use uniform",
-        )
-    return [min(max(sparsity + place * step, 0.0), _MAX_SPARSITY) for place in range(-below, above + 1)]
 
 
 def removed_energy(
@@ -217,8 +182,8 @@ def owl_sparsities(
     Raises:
         ConfigurationError: If `sparsity` is above 0.95.
     """
-    if sparsity > _MAX_SPARSITY:
-        raise ConfigurationError("sparsity", sparsity, f"must be at most {_MAX_SPARSITY} with allocation='owl'")
+    if sparsity > MAX_SPARSITY:
+        raise ConfigurationError("sparsity", sparsity, f"must be at most {MAX_SPARSITY} with allocation='owl'")
     sizes = [1] * len(outliers_L) if sizes_L is None else sizes_L
     low, spread = min(outliers_L), max(outliers_L) - min(outliers_L)
     if spread == 0:
@@ -230,15 +195,15 @@ def owl_sparsities(
 
 def _clamp_to_mean(values: list[float], mean: float, sizes: Sequence[int]) -> list[float]:
     """Clamps to [0, 0.95] and shifts those with room left until the weighted mean is `mean` again."""
-    values = [min(max(value, 0.0), _MAX_SPARSITY) for value in values]
+    values = [min(max(value, 0.0), MAX_SPARSITY) for value in values]
     for _ in values:  # a round ends it or brings one more to the bound
         missing = sum((mean - value) * size for value, size in zip(values, sizes, strict=True))
-        free = [value < _MAX_SPARSITY if missing > 0 else value > 0 for value in values]
+        free = [value < MAX_SPARSITY if missing > 0 else value > 0 for value in values]
         room = sum(size for size, is_free in zip(sizes, free, strict=True) if is_free)
         if abs(missing) <= 1e-12 * sum(sizes) or room == 0:
             break
         shifted = [value + missing / room if is_free else value for value, is_free in zip(values, free, strict=True)]
-        values = [min(max(value, 0.0), _MAX_SPARSITY) for value in shifted]
+        values = [min(max(value, 0.0), MAX_SPARSITY) for value in shifted]
     return values
 
 

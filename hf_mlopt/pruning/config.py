@@ -17,8 +17,8 @@ class PruningConfig:
 
     Args:
         method (`str`, *optional*, defaults to `"moe-pruner"`): Score that decides which weights go.
-        sparsity (`float`, *optional*): Fraction of every output row to remove, in [0, 1). Give this or `pattern`,
-            or neither with `drop_experts`.
+        sparsity (`float`, *optional*): Fraction of every output row to remove, in [0, 1). Give this or `pattern`;
+            both may be left out with `drop_experts`.
         pattern (`str`, *optional*): N:M pattern such as `2:4`, N weights kept of every M consecutive inputs.
         allocation (`str`, *optional*, defaults to `"uniform"`): `uniform` removes `sparsity` from every row, `load`
             more from experts of a layer that matter less to it, `owl` less from layers with more outliers; both

@@ -28,10 +28,10 @@ def needs_all_tokens(config: PruningConfig) -> bool:
     return policy(config) in ("blend", "all_tokens")
 
 
-def refuse_uncovered(name: str, tokens_E: torch.Tensor, uncovered: list[int], config: PruningConfig) -> None:
-    """Raises for the policy `error`, naming the experts and what they saw."""
+def refuse_uncovered(name: str, tokens_E: torch.Tensor, uncovered: list[int], numbers, config: PruningConfig) -> None:
+    """Raises for the policy `error`, naming the experts by their original `numbers`, and what they saw."""
     if uncovered and policy(config) == "error":
-        seen = ", ".join(f"{expert}: {int(tokens_E[expert])}" for expert in uncovered)
+        seen = ", ".join(f"{numbers[expert]}: {int(tokens_E[expert])}" for expert in uncovered)
         raise InputError(
             f"{name}: experts below min_tokens={config.min_tokens} ({seen}); calibrate on more samples or choose "
             "another on_uncovered than 'error'."

@@ -24,7 +24,9 @@ def layer_sparsities(source: LayerSource, states, calls: LayerCalls, config: Pru
     Returns:
         `list[float]`: One per decoder layer; those without weights in scope get the mean.
     """
-    config = replace(config, propagate="pruned")  # so that no outputs are held beside the states
+    # Diagonal moments and plain outputs are all that is wanted; and no outputs are held beside the states.
+    diagonal = {"sparsegpt": "wanda", "sparsegpt-gated": "moe-pruner"}
+    config = replace(config, method=diagonal.get(config.method, config.method), drop_experts=0.0, propagate="pruned")
     measured = {}
     for index in progress(range(len(source))):
         name, decoder, moe = source.load(index)
@@ -37,7 +39,7 @@ def layer_sparsities(source: LayerSource, states, calls: LayerCalls, config: Pru
                     of_expert = slice(None) if target.expert is None else slice(target.expert, target.expert + 1)
                     parts.append((target.weight_EOD, moments.sums[target.statistic][of_expert]))
                 measured[index] = outlier_fraction(parts), sum(weight.numel() for weight, _ in parts)
-            for number in range(len(states)):
+            for number in range(len(states) if index + 1 < len(source) else 0):
                 states[number] = calls(index, decoder, states[number])
         finally:
             source.store(index, changed=False)

@@ -70,7 +70,7 @@ class MoEPruner:
             calibration (*optional*): LongTensor `[samples, length]`, a list of token lists, or a `datasets` object
                 with `input_ids`; may be left out for `magnitude`.
             device (`str` or `torch.device`, *optional*): Where layers are run, one at a time; the model's own device
-                by default.
+                by default. A `source` has its own.
             progress (`bool`, *optional*, defaults to `True`): Whether to show a bar over the layers.
             source (`LayerSource`, *optional*): Where the weights of the decoder layers are, if not in `model`.
             journal (`Journal`, *optional*): Notes what is done and knows what was.
@@ -81,6 +81,7 @@ class MoEPruner:
                 already.
         """
         started = time.perf_counter()
+        done_before = sum(layer.seconds for layer in journal.reports) if journal is not None else 0.0
         moe = validate(model, self.config)
         calibrated, parameters = self.config.needs_calibration, num_parameters(model)
         if calibrated and calibration is None:
@@ -102,6 +103,7 @@ class MoEPruner:
             check_finite_weights(model)
             device = torch.device(device) if device is not None else device_of(layers)
             source = InMemory(prefix, layers, moe, device, with_fewer_experts(model, moe, self.config))
+        device = source.device
         if self.config.sparsity == 0:
             logger.warning("sparsity=0 removes nothing: the weights stay as they are.")
         if device.type == "cuda":
@@ -121,7 +123,8 @@ class MoEPruner:
             or "module_list",
             layers=reports,
             totals=totals(source.smaller if source.smaller is not None else model, reports, parameters),
-            seconds=time.perf_counter() - started,
+            # of a run that was gone on with: also the layers done before
+            seconds=time.perf_counter() - started + done_before,
             peak_memory_bytes=peak_memory(device),
         )
 

@@ -143,7 +143,7 @@ def smaller_model(model: PreTrainedModel, num_kept: int) -> PreTrainedModel:
         small._weight_conversions = model._weight_conversions  # it is saved under the names it was loaded from
     dtypes = {name: value.dtype for name, value in _tensors(model)}
     for origin, name, _ in _moves(model, small, range(num_kept)):
-        place, leaf = _place(small, name)
+        place, leaf = tensor_place(small, name)
         if place[leaf].dtype != dtypes[origin]:  # loading keeps some in float32, whatever the model's dtype is
             place[leaf] = _on_meta(place[leaf].to(dtypes[origin]))
     return small.eval()
@@ -167,7 +167,7 @@ def keep_experts_(layer: nn.Module, twin: nn.Module, keep: Sequence[int]) -> Non
     """
     for name, _, dim in _moves(layer, twin, keep):
         if dim is not None:
-            place, leaf = _place(layer, name)
+            place, leaf = tensor_place(layer, name)
             value = place[leaf]
             kept = value.index_select(dim, torch.tensor(keep, device=value.device))
             place[leaf] = nn.Parameter(kept, value.requires_grad) if isinstance(value, nn.Parameter) else kept
@@ -238,7 +238,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _place(module: nn.Module, name: str) -> tuple[dict, str]:
+def tensor_place(module: nn.Module, name: str) -> tuple[dict, str]:
     """The dictionary that holds a tensor, and its key there."""
     owner, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner)

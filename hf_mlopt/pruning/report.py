@@ -25,6 +25,7 @@ class LayerReport:
         uncovered (`list[int]`): Experts below `min_tokens`, treated by `on_uncovered`; without those removed.
         kept_experts (`list[int]`): The original numbers of the experts that stay; empty if none was removed.
         expert_scores (`list[float]`): By which they were chosen, per original expert.
+        sparsity (`float`, *optional*): Asked of this layer; differs from layer to layer under `allocation="owl"`.
         sparsity_per_expert (`list[float]`): Under `allocation="load"`, of the experts that stay.
         seconds (`float`): Wall time.
     """
@@ -37,6 +38,7 @@ class LayerReport:
     uncovered: list[int] = field(default_factory=list)
     kept_experts: list[int] = field(default_factory=list)
     expert_scores: list[float] = field(default_factory=list)
+    sparsity: float | None = None
     sparsity_per_expert: list[float] = field(default_factory=list)
     seconds: float = 0.0
 

@@ -36,10 +36,11 @@ from hf_mlopt.pruning.validation import is_finite
 
 class LayerSource(Protocol):
     """
-    Hands out decoder layers, ready to run, and takes them back when they are done. `smaller` is the model with fewer
-    experts, without weights, or None if all stay.
+    Hands out decoder layers, ready to run on `device`, and takes them back when they are done. `smaller` is the model
+    with fewer experts, without weights, or None if all stay.
     """
 
+    device: torch.device
     smaller: nn.Module | None
 
     def __len__(self) -> int: ...
@@ -70,6 +71,9 @@ class Journal(Protocol):
 
     def record(self, index: int, report: LayerReport, states, last: bool) -> None:
         """The layer is stored; its outputs are in `states`."""
+
+    def remembered(self, name: str, compute):
+        """What `compute()` gives, or gave in an earlier part of the run."""
 
 
 class InMemory:
@@ -138,7 +142,9 @@ def sweep(
         started = time.perf_counter()
         name, decoder, moe = source.load(index)
         last = index + 1 == len(source)
-        layer_config = config if sparsities is None else replace(config, sparsity=sparsities[index])
+        layer_config = config
+        if sparsities is not None:
+            layer_config = replace(config, sparsity=sparsities[index], allocation="uniform")
         try:
             report = _sweep_layer(source, name, index, decoder, moe, states, calls, layer_config, last)
         except BaseException:
@@ -146,6 +152,7 @@ def sweep(
             raise
         source.store(index)
         states.advance()
+        report.sparsity = layer_config.sparsity
         report.seconds = time.perf_counter() - started
         reports.append(report)
         if journal is not None:
@@ -233,10 +240,10 @@ def _cover(index, decoder, moe, moments, states, calls, config, report) -> dict[
     """The moments each expert is pruned by: its own, or the policy's substitute where it saw too few tokens."""
     uncovered = uncovered_experts(moments.sums["tokens"], config.min_tokens)
     kept = report.kept_experts or range(moe.num_experts)
-    report.uncovered = [kept[expert] for expert in uncovered]
     if not config.prunes_weights:
         return {}
-    refuse_uncovered(moe.name, moments.sums["tokens"], uncovered, config)
+    report.uncovered = [kept[expert] for expert in uncovered]
+    refuse_uncovered(moe.name, moments.sums["tokens"], uncovered, kept, config)
     statistics = {source: moments.sums[source] for source in ("hidden", "intermediate")}
     forced = {}
     if uncovered and needs_all_tokens(config):

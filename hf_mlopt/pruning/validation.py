@@ -6,8 +6,8 @@ from torch import nn
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.moe import MoELayer, decoder_layers, moe_layers
 from hf_mlopt.moe.observation import delegate_name
-from hf_mlopt.pruning.allocation import sparsity_grid
 from hf_mlopt.pruning.config import PruningConfig
+from hf_mlopt.pruning.grid import sparsity_grid
 from hf_mlopt.pruning.patterns import num_pruned
 from hf_mlopt.pruning.removal import refuse_removal
 from hf_mlopt.pruning.targets import expert_targets, linear_layers

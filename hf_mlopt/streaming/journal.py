@@ -34,11 +34,6 @@ SWEEP_FORMAT = 1  # raised when the same recipe would give other weights, or thi
 _SAMPLE_BYTES = 4096
 
 
-def unfinished_directory(output: Path) -> Path:
-    """Where a run keeps what it has done until it is complete."""
-    return output.with_name(f".{output.name}.unfinished")
-
-
 class Journal:
     """
     The record of one run.
@@ -73,21 +68,25 @@ class Journal:
             name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
             parent = offload / f"states-{name}" if offload else directory / "states"
             self.files = StateFiles(parent / f"rank-{ranks.rank()}")
-            self.reports, self._complete = ranks.from_first(self._finished())
+            self.reports, self._complete, self._recorded = ranks.from_first(self._finished())
         except BaseException:
             self.close()
             raise
 
-    def _finished(self) -> tuple[list[LayerReport], bool]:
-        """Reports of the layers that need not be done again, and whether nothing is left to be calibrated."""
+    def _finished(self) -> tuple[list[LayerReport], bool, int]:
+        """
+        Reports of the layers that need not be done again, whether nothing is left to be calibrated, and how many
+        layers were ever done.
+        """
         done = []
         while (file := self._layer_file(len(done))).is_file():
             done.append(json.loads(file.read_text(encoding="utf-8")))
+        recorded = len(done)
         # Layers since the last saved states are done again.
         while done and not (done[-1]["next"] == "complete" or self.files.path(len(done)).is_file()):
             done.pop()
         reports = [LayerReport(**record["report"]) for record in done]
-        return reports, bool(done) and done[-1]["next"] == "complete"
+        return reports, bool(done) and done[-1]["next"] == "complete", recorded
 
     def _layer_file(self, index: int) -> Path:
         return self.directory / "layers" / f"{index:05d}.json"
@@ -109,7 +108,7 @@ class Journal:
 
     def record(self, index: int, report: LayerReport, states, last: bool) -> None:
         """A layer is done: its weights are written, its outputs are in `states`."""
-        following = "complete"  # what is needed to go on after this layer
+        following = "complete"  # what is needed to go on after this layer: nothing
         if self.writer is not None:
             self._wait()
             self._syncing = self._pool.submit(self.writer.sync)
@@ -145,17 +144,35 @@ class Journal:
             self._syncing.result()
             self._syncing = None
 
+    def progress(self, num_layers: int) -> str:
+        """Where a run goes on, in words."""
+        if not self._recorded:
+            return f"nothing to go on with in {self.directory}: starting"
+        again = self._recorded - len(self.reports)
+        return f"going on with layer {len(self.reports)} of {num_layers}" + (
+            f"; {again} later ones are done again, from the last saved states" if again else ""
+        )
+
+    def forget_if_nothing_was_done(self) -> None:
+        """A run that was refused before its first layer leaves nothing in the way of the next."""
+        if ranks.rank() == 0 and not self._layer_file(0).exists():
+            self._wait()
+            self._remove_states()
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _remove_states(self) -> None:
+        shutil.rmtree(self.files.directory.parent, ignore_errors=True)
+
     def finish(self, output: Path) -> None:
         """The checkpoint is complete: it gets its name, and the rest goes."""
         self._wait()
         if self.writer is not None:
             self.writer.sync()
             self.writer.close()
+        self._remove_states()
         if output.is_dir():
             output.rmdir()  # it is empty, and rename replaces no directory on some systems
         os.replace(self.checkpoint, output)
-        if self.offloaded:
-            shutil.rmtree(self.files.directory.parent, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         self.close()
 
@@ -209,8 +226,11 @@ def _begin(directory: Path, identity: dict, resume: bool) -> int:
         if manifest.is_file() and (directory / "checkpoint").is_dir():
             _refuse_other(directory, json.loads(manifest.read_text(encoding="utf-8")), identity, resume)
             return lock
-        for leftover in ("layers", "checkpoint", "states"):
-            shutil.rmtree(directory / leftover, ignore_errors=True)
+        for leftover in directory.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != "lock":
+                leftover.unlink()
         for part in ("layers", "checkpoint"):
             (directory / part).mkdir()
         write_json(manifest, identity)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub.checkpoint import mismatch_errors
 from hf_mlopt.hub.shards import Layout, ShardReader, TensorInfo
+from hf_mlopt.pruning.removal import tensor_place
 
 
 DTYPES = {
@@ -28,12 +29,16 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def load_skeleton(model_class: type, config, reader: ShardReader, name: str) -> PreTrainedModel:
@@ -146,7 +151,7 @@ def output_layout(model: PreTrainedModel, source: Layout) -> Layout:
         InputError: If saving this model would give names that the source does not have.
     """
     stored = stored_tensors(model, model.state_dict())
-    info = {name: TensorInfo(_WORDS[value.dtype], tuple(value.shape)) for name, value in stored.items()}
+    info = {name: TensorInfo(WORDS[value.dtype], tuple(value.shape)) for name, value in stored.items()}
     layout = {file: {name: info[name] for name in tensors if name in info} for file, tensors in source.items()}
     placed = {name for tensors in layout.values() for name in tensors}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -174,7 +179,7 @@ def materialize_(model: nn.Module, names: list[str]) -> tuple[dict[str, torch.Te
     """Gives meta parameters and buffers uninitialised memory; returns it by name, and what stood there."""
     made, before = {}, {}
     for name in names:
-        place, leaf = _place(model, name)
+        place, leaf = tensor_place(model, name)
         before[name] = place[leaf]
         made[name] = torch.empty(place[leaf].shape, dtype=place[leaf].dtype)
         is_parameter = isinstance(place[leaf], nn.Parameter)
@@ -187,12 +192,5 @@ def release_(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     modules = dict(model.named_modules())
     for name, value in before.items():
         if name.rpartition(".")[0] in modules:
-            place, leaf = _place(model, name)
+            place, leaf = tensor_place(model, name)
             place[leaf] = value
-
-
-def _place(model: nn.Module, name: str) -> tuple[dict, str]:
-    """The dictionary of the module that holds a parameter or buffer, and its key there."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return (module._parameters if leaf in module._parameters else module._buffers), leaf

@@ -8,10 +8,7 @@ import torch
 
 from hf_mlopt.hub.shards import ShardReader, ShardWriter, TensorInfo, write_error
 from hf_mlopt.pruning.states import States
-from hf_mlopt.streaming.skeleton import DTYPES, bytes_of
-
-
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+from hf_mlopt.streaming.skeleton import DTYPES, WORDS, bytes_of
 
 
 class StateFiles:
@@ -39,16 +36,15 @@ class StateFiles:
             int(file.stem.rpartition("-")[2]) for file in self.directory.glob("input-of-layer-*.safetensors")
         )
 
-    def keep_only(self, layer: int | None) -> None:
+    def keep_only(self, layer: int) -> None:
         """Removes all but one, and what a killed run left half written."""
-        for file in self.directory.iterdir():
-            if layer is None or file != self.path(layer):
-                if file.name.startswith("input-of-layer-"):
-                    file.unlink()
+        for file in self.directory.glob("input-of-layer-*"):
+            if file != self.path(layer):
+                file.unlink()
 
     def writer(self, layer: int, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> ShardWriter:
         """An unfinished file with room for states of these shapes."""
-        info = {str(number): TensorInfo(_WORDS[dtype], tuple(shape)) for number, shape in enumerate(shapes)}
+        info = {str(number): TensorInfo(WORDS[dtype], tuple(shape)) for number, shape in enumerate(shapes)}
         return ShardWriter(self.directory, {self.path(layer).name + ".unfinished": info})
 
     def finish(self, layer: int, writer: ShardWriter) -> None:

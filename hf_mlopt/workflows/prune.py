@@ -1,7 +1,10 @@
 """`hf-mlopt prune`: reads a checkpoint, prunes it, writes it with its recipe, report and card."""
 
 import logging
+import os
 import shlex
+import shutil
+import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from textwrap import shorten
@@ -12,6 +15,7 @@ from hf_mlopt.configuration import save_yaml
 from hf_mlopt.data.calibration import CalibrationConfig, load_calibration
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.hub import Checkpoint, check_output, pruning_card, resolve_checkpoint, save_checkpoint
+from hf_mlopt.hub.output import unfinished_directory
 from hf_mlopt.planning.machine import available_memory
 from hf_mlopt.planning.memory import must_stream
 from hf_mlopt.pruning.config import PruningConfig
@@ -70,6 +74,12 @@ class PruneRecipe(PruningConfig, CalibrationConfig):
         CalibrationConfig.__post_init__(self)
         if self.save_states_every < 1:
             raise ConfigurationError("save_states_every", self.save_states_every, "must be at least 1")
+        if self.stream is False and self.offload_states:
+            raise ConfigurationError(
+                "offload_states",
+                self.offload_states,
+                "only a streamed run keeps states on disk, so not with --in-memory",
+            )
         if self.stream is False and self.resume:
             raise ConfigurationError(
                 "resume", True, "only a streamed run can be gone on with, so not with --in-memory"
@@ -97,7 +107,11 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
         if not getattr(recipe, name):
             raise ConfigurationError(name, getattr(recipe, name), "is needed, on the command line or in the recipe")
     checkpoint = resolve_checkpoint(recipe.model, recipe.revision)
+    if recipe.resume and _was_complete(recipe.output):
+        raise ConfigurationError("resume", True, f"the run is complete: {recipe.output} holds the checkpoint")
     check_output(recipe.output, 0 if recipe.resume else checkpoint.weight_bytes or 0)
+    if recipe.offload_states:
+        _check_states_directory(recipe.offload_states)
     with launched_processes(recipe.device) as own_device:
         device = own_device or choose_device(recipe.device)
         skeleton = _check_architecture(checkpoint, recipe)
@@ -120,6 +134,25 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
         return report, Path(recipe.output).expanduser().resolve()
 
 
+def _was_complete(output: str) -> bool:
+    """Whether a run was killed when its checkpoint had its name; what it left beside that is removed."""
+    path = Path(output).expanduser().resolve()
+    unfinished = unfinished_directory(path)
+    if not unfinished.is_dir() or (unfinished / "checkpoint").is_dir() or not (path / "config.json").is_file():
+        return False
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return True
+
+
+def _check_states_directory(directory: str) -> None:
+    path = Path(directory).expanduser().resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=path))
+    except OSError as error:
+        raise ConfigurationError("offload_states", directory, f"cannot be written ({error.strerror})") from None
+
+
 def _calibration(recipe: PruneRecipe, tokenizer, config):
     calibration = load_calibration(recipe, tokenizer, context_length(config))
     if recipe.calibration_fingerprint not in (None, calibration.source["fingerprint"]):
@@ -132,7 +165,7 @@ def _calibration(recipe: PruneRecipe, tokenizer, config):
 
 def _streams(recipe: PruneRecipe, checkpoint: Checkpoint, config, calibration) -> bool:
     """Whether to go layer by layer: if asked for, or if the model would not fit."""
-    if recipe.stream is not None or recipe.resume:
+    if recipe.stream is not None or recipe.resume or recipe.offload_states:
         return recipe.stream is not False
     tokens = calibration.token_ids.numel() if calibration is not None else 0
     states = tokens * config.get_text_config().hidden_size * 4
@@ -172,15 +205,22 @@ def documents(model, report, recipe: PruneRecipe, checkpoint: Checkpoint, evalua
     recipe = replace(
         recipe,
         output=None,  # whoever re-runs the recipe names a directory of their own
+        # How it was run on this machine does not change the weights.
         resume=False,
         offload_states=None,
+        stream=None,
+        save_states_every=PruneRecipe.save_states_every,
         revision=recipe.revision or checkpoint.revision,
         calibration_fingerprint=report.calibration.get("fingerprint"),
     )
     card = pruning_card(record, Path(output).resolve().name, command=_command(recipe), license=checkpoint.license)
-    provenance = {
-        key: record[key] for key in ("method", "sparsity", "pattern", "scope", "drop_experts") if record[key]
-    } | {"version": __version__, "base_model": report.model.get("source"), "revision": report.model.get("revision")}
+    keys = ["method", "sparsity", "pattern", "scope", "allocation"] if recipe.prunes_weights else []
+    keys += ["drop_experts", "drop_score"] if recipe.drop_experts else []
+    provenance = {key: record[key] for key in keys if record[key] is not None} | {
+        "version": __version__,
+        "base_model": report.model.get("source"),
+        "revision": report.model.get("revision"),
+    }
     return provenance, {
         "README.md": card,
         "recipe.yaml": lambda path: save_yaml(recipe, path),

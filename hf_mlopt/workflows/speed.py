@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.hub import Checkpoint, environment, hub_errors, resolve_checkpoint
+from hf_mlopt.hub.shards import write_errors
 from hf_mlopt.workflows.loading import choose_device
 
 
@@ -75,6 +76,9 @@ def measure_speed(config: SpeedConfig) -> dict:
     checkpoint = resolve_checkpoint(config.model)
     if config.output and Path(config.output).exists():
         raise ConfigurationError("output", config.output, "exists already; name a new file")
+    if config.output:
+        with write_errors(Path(config.output)):
+            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
 
     import torch
 
@@ -103,8 +107,8 @@ def measure_speed(config: SpeedConfig) -> dict:
         "verdict": verdict(variants.described, rows),
     }
     if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with write_errors(Path(config.output)):
+            Path(config.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
