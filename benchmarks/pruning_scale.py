@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from common import SHARED, Results
 
-from hf_mlopt.hub.shards import ShardWriter, TensorInfo, index_json
+from hf_mlopt.hub.shards import COPY_BYTES, ShardWriter, TensorInfo, index_json
 
 
 HERE = Path(__file__).resolve().parent
@@ -100,8 +100,10 @@ def run_json(*command, environment: dict | None = None) -> dict:
 def prune(model: Path, tokens: Path, *options, method: str = "moe-pruner") -> dict:
     """What one run of our pruner took; its output is removed."""
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
-        words = [model, "--output", Path(folder) / "out", "--sparsity", 0.5, "--method", method]
-        return run_json(sys.executable, HERE / "measured_prune.py", *words, *calibrated_on(tokens), *options)
+        output = Path(folder) / "out"
+        words = [model, "--output", output, "--sparsity", 0.5, "--method", method]
+        row = run_json(sys.executable, HERE / "measured_prune.py", *words, *calibrated_on(tokens), *options)
+        return {**row, "output_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors"))}
 
 
 def calibrated_on(tokens: Path) -> list:
@@ -123,7 +125,7 @@ def measure_depth(folder: Path, results: Results, depths: tuple[int, ...]) -> No
         subprocess.run([sys.executable, "-m", "hf_mlopt", *map(str, words)], check=True, capture_output=True)
         planned = json.loads(plan.read_text())
         row = prune(model, tokens, "--stream")
-        own = row["peak_bytes"] - nothing
+        own, buffer = row["peak_bytes"] - nothing, COPY_BYTES
         results.add(
             kind="depth",
             layers=layers,
@@ -131,8 +133,11 @@ def measure_depth(folder: Path, results: Results, depths: tuple[int, ...]) -> No
             layer_bytes=layer,
             states_bytes=states,
             peak_of_a_tiny_model=nothing,
-            own_peak_over_layer_and_states=own / (layer + states),
+            shard_buffer_bytes=buffer,
+            claim_at_most=1.3,
+            own_peak_over_layer_states_and_buffer=own / (layer + states + buffer),
             planned_peak_bytes=planned["peak"]["total"],
+            planned_output_bytes=planned["costs"]["output_bytes"],
             planned_over_measured=planned["peak"]["total"] / row["peak_bytes"],
             **row,
         )

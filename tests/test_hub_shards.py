@@ -151,7 +151,7 @@ def test_a_short_read_or_write_is_gone_on_with(tmp_path, monkeypatch):
 
 
 def test_copying_goes_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mlopt.hub.shards._COPY_BYTES", 16)
+    monkeypatch.setattr("hf_mlopt.hub.shards.COPY_BYTES", 16)
     value = torch.randn(25)
     save_file({"x": value}, tmp_path / "x.safetensors")
     with ShardReader([tmp_path / "x.safetensors"]) as reader:
@@ -161,7 +161,7 @@ def test_copying_goes_piece_by_piece(tmp_path, monkeypatch):
 
 
 def test_reading_ahead_stops_when_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mlopt.hub.shards._COPY_BYTES", 16)
+    monkeypatch.setattr("hf_mlopt.hub.shards.COPY_BYTES", 16)
     save_file({"x": torch.zeros(64)}, tmp_path / "x.safetensors")
     asked = []
     with ShardReader([tmp_path / "x.safetensors"]) as reader:

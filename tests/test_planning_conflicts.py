@@ -49,6 +49,8 @@ def test_a_run_that_can_be_done_has_none(model, tmp_path):
         ("granitemoe", {"intermediate_size": 30}, {"pattern": "4:8"}),
         ("gpt_oss", {"intermediate_size": 36}, {"pattern": "4:8"}),
         ("mixtral", {}, {"sparsity": 0.01}),
+        ("mixtral", {"intermediate_size": 63}, {"sparsity": 0.5, "allocation": "load"}),
+        ("olmoe", {}, {"sparsity": 0.98, "allocation": "load"}),
         ("qwen2_moe", {"shared_expert_intermediate_size": 50}, {"pattern": "2:4", "scope": "all-linear"}),
         ("deepseek_v2", {"kv_lora_rank": 18}, {"pattern": "2:4", "scope": "all-linear"}),
     ],
@@ -62,7 +64,7 @@ def test_what_does_not_fit_the_model_is_what_prune_refuses(family, config, setti
         validate(model, PruningConfig(**settings))
     # Of a tensor, a plan gives the name in the files and prune that of the parameter.
     assert str(refused.value).partition(" of model.")[0].partition(" in model.")[0] in " ".join(found)
-    assert all(line.startswith(("drop_experts=", "pattern=", "sparsity=")) for line in found)
+    assert all(line.startswith(("drop_experts=", "pattern=", "sparsity=", "allocation=")) for line in found)
 
 
 def test_all_conflicts_are_listed_and_name_their_tensors(tmp_path):
@@ -175,6 +177,14 @@ def test_too_little_disk(model, tmp_path, monkeypatch):
     assert conflicts_of(model, output=str(tmp_path / "new"), resume=True) == []
 
 
+def test_states_on_disk_are_streamed_and_need_a_directory(model, tmp_path):
+    found = planned(model, offload_states=str(tmp_path / "states"))
+    assert found.run["streamed"] and found.conflicts == [] and not (tmp_path / "states").exists()
+    (tmp_path / "file").touch()
+    (found,) = conflicts_of(model, offload_states=str(tmp_path / "file" / "states"))
+    assert found.startswith("offload_states=") and found.endswith(f"cannot write in {tmp_path / 'file'}")
+
+
 def test_room_for_a_download(model, tmp_path, monkeypatch):
     source = replace(read_source(str(model)), to_download=10**18, download_to=tmp_path / "cache")
     monkeypatch.setattr(plan, "read_source", lambda *_: source)
@@ -192,7 +202,9 @@ def test_an_output_that_cannot_be_written(model, tmp_path, place):
 
 
 def test_an_unfinished_run_in_the_way(model, tmp_path):
-    (tmp_path / ".new.unfinished").mkdir()
+    (tmp_path / ".new.unfinished" / "checkpoint").mkdir(parents=True)
+    assert conflicts_of(model, output=str(tmp_path / "new"), stream=True) == []  # killed before it began
+    (tmp_path / ".new.unfinished" / "manifest.json").touch()
     (found,) = conflicts_of(model, output=str(tmp_path / "new"), stream=True)
     assert "--resume" in found
     resumed = planned(model, output=str(tmp_path / "new"), resume=True)

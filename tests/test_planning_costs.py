@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_mlopt.hub.shards import TensorInfo
-from hf_mlopt.planning import output_layout, read_shape, read_source
+from hf_mlopt.planning import planned_layout, read_shape, read_source
 from hf_mlopt.planning.costs import Run, count_costs
 from hf_mlopt.planning.layout import file_bytes, packed_bytes
 from hf_mlopt.planning.memory import in_memory_peak, must_stream, streamed_peak
@@ -40,7 +40,7 @@ def plan(mixtral, streamed=True, offloaded=False, every=4, **settings):
     source, shape = mixtral
     settings = {"sparsity": 0.5, **settings}
     run = Run(PruningConfig(**settings), 3, 10, streamed, offloaded, every)
-    costs = count_costs(shape, run, source.layout, output_layout(shape, source.layout))
+    costs = count_costs(shape, run, source.layout, planned_layout(shape, source.layout))
     return Planned(shape, run, costs, source)
 
 
@@ -177,6 +177,14 @@ def test_the_peak_in_memory(mixtral):
     assert peak.moment == "saving" and peak.parts["saving"] == up
 
 
+def test_experts_that_are_stored_as_one_tensor_are_neither_put_together_nor_split(tmp_path):
+    make_family("mixtral").save_pretrained(tmp_path, save_original_format=False)
+    shape = read_shape(read_source(str(tmp_path)))
+    run = Run(PruningConfig(drop_experts=0.25), 1, 1, False)
+    assert in_memory_peak(shape, run, 0, mapped=False).parts.get("saving", 0) == 0
+    assert in_memory_peak(shape, run, 0).parts["mapped files"] == 4 * LAYER
+
+
 def test_a_model_is_streamed_where_it_takes_most_of_the_memory():
     assert not must_stream(100, 0, 200) and not must_stream(0, 160, 200)
     assert must_stream(100, 1, 200) and must_stream(0, 161, 200)
@@ -218,7 +226,7 @@ def mixtral_8x7b():
 def test_the_published_sizes_of_mixtral_8x7b(mixtral_8x7b):
     source, shape = mixtral_8x7b
     run = Run(PruningConfig(sparsity=0.5), 128, 2048, True)
-    output = output_layout(shape, source.layout)
+    output = planned_layout(shape, source.layout)
     costs = count_costs(shape, run, source.layout, output)
     assert sum(info.numel for info in output["model.safetensors"].values()) == 46_702_792_704
     assert source.nbytes == pytest.approx(93.4e9, rel=1e-3)

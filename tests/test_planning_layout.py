@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_mlopt.hub.shards import ShardReader, TensorInfo
-from hf_mlopt.planning import output_layout, read_shape, read_source
+from hf_mlopt.planning import planned_layout, read_shape, read_source
 from hf_mlopt.planning.layout import file_bytes, packed_bytes, saved_by_transformers
 from hf_mlopt.pruning.removal import smaller_model
 from hf_mlopt.streaming.skeleton import load_skeleton
@@ -34,10 +34,10 @@ def test_the_layout_is_the_one_that_streaming_writes(family, as_parameters, dtyp
     shape = read_shape(source)
     with ShardReader(shards(tmp_path)) as reader:
         skeleton = load_skeleton(type(model), AutoConfig.from_pretrained(tmp_path), reader, "model")
-        assert output_layout(shape, source.layout) == written_layout(skeleton, reader.layout)
+        assert planned_layout(shape, source.layout) == written_layout(skeleton, reader.layout)
         kept = shape.num_experts - 2
         fewer = written_layout(smaller_model(skeleton, kept), reader.layout)
-    promised = output_layout(shape, source.layout, kept)
+    promised = planned_layout(shape, source.layout, kept)
     assert promised == fewer
     assert [list(tensors) for tensors in promised.values()] == [list(tensors) for tensors in fewer.values()]
 
@@ -52,7 +52,7 @@ def test_the_dtype_written_is_the_one_a_model_is_loaded_in(stored, loaded, tmp_p
     with ShardReader(shards(tmp_path)) as reader:
         skeleton = load_skeleton(type(model), AutoConfig.from_pretrained(tmp_path), reader, "model")
         written = written_layout(skeleton, reader.layout)
-    assert output_layout(read_shape(source), source.layout) == written
+    assert planned_layout(read_shape(source), source.layout) == written
     bias = "model.layers.2.mlp.gate.e_score_correction_bias"
     assert written["model.safetensors"][bias].dtype == "F32"  # in either case
 
@@ -80,15 +80,15 @@ def test_a_file_whose_experts_all_go_is_not_written(tmp_path, tiny_mixtral):
     ((_, tensors),) = source.layout.items()
     last = {name: info for name, info in tensors.items() if ".experts.3." in name}
     split = {"a": {name: info for name, info in tensors.items() if name not in last}, "b": last}
-    assert set(output_layout(read_shape(source), split)) == {"a", "b"}
-    assert set(output_layout(read_shape(source), split, 3)) == {"a"}
+    assert set(planned_layout(read_shape(source), split)) == {"a", "b"}
+    assert set(planned_layout(read_shape(source), split, 3)) == {"a"}
 
 
 def test_what_counts_experts_elsewhere_is_cut_too(tmp_path, tiny_mixtral):
     source = read_source(str(save(tiny_mixtral(num_hidden_layers=1), None, tmp_path)))
     name = "model.layers.0.block_sparse_moe.moe_statics.e_score_correction_bias"  # as Ernie has it
     source.layout["model.safetensors"][name] = TensorInfo("F32", (1, 4))
-    assert output_layout(read_shape(source), source.layout, 3)["model.safetensors"][name].shape == (1, 3)
+    assert planned_layout(read_shape(source), source.layout, 3)["model.safetensors"][name].shape == (1, 3)
 
 
 def test_bytes_of_a_file_are_its_header_and_its_tensors(tmp_path, tiny_mixtral):

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from hf_mlopt.planning import make_plan
 
-    recipe = load_config(PruneRecipe, args.config, prune._without_rival(arguments_given(args, PruneRecipe)))
+    recipe = load_config(PruneRecipe, args.config, prune.without_rival(arguments_given(args, PruneRecipe)))
     if not recipe.model:
         raise ConfigurationError("model", recipe.model, "is needed, on the command line or in the recipe")
     plan = make_plan(recipe, measure=args.measure)

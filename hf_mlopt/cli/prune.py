@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     given = arguments_given(args, PruneRecipe)
-    recipe = load_config(PruneRecipe, args.config, _without_rival(given))
+    recipe = load_config(PruneRecipe, args.config, without_rival(given))
     what = recipe.calibration if recipe.needs_calibration else "nothing"
     first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
     if first:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"next: hf-mlopt evaluate {output} --perplexity {'embedded' if what == 'embedded' else 'wikitext'}")
 
 
-def _without_rival(given: dict) -> dict:
+def without_rival(given: dict) -> dict:
     """`--pattern` on the command line replaces a recipe's sparsity, and the other way round."""
     for name, rival in (("sparsity", "pattern"), ("pattern", "sparsity")):
         if name in given and rival not in given:

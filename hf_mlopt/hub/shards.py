@@ -23,7 +23,7 @@ DTYPE_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-_COPY_BYTES = 16 << 20
+COPY_BYTES = 16 << 20  # a piece of a tensor that is copied or read ahead
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class ShardReader:
     def read_ahead(self, names: Iterable[str], stop) -> None:
         """Brings tensors into the operating system's cache, so that reading them later waits for no disk. `stop()`
         is asked between pieces."""
-        scratch = memoryview(bytearray(_COPY_BYTES))
+        scratch = memoryview(bytearray(COPY_BYTES))
         for name in names:
             size = self.tensors[name].nbytes
-            for offset in range(0, size, _COPY_BYTES):
+            for offset in range(0, size, COPY_BYTES):
                 if stop():
                     return
-                self.read_into(name, scratch[: min(_COPY_BYTES, size - offset)], offset)
+                self.read_into(name, scratch[: min(COPY_BYTES, size - offset)], offset)
 
     def close(self) -> None:
         while self._descriptors:
@@ -228,9 +228,9 @@ class ShardWriter:
         """Copies a tensor as it is, a piece at a time; `source` is its name there, if another."""
         source = source or name
         size = reader.tensors[source].nbytes
-        scratch = memoryview(bytearray(min(_COPY_BYTES, size)))
-        for offset in range(0, size, _COPY_BYTES):
-            piece = scratch[: min(_COPY_BYTES, size - offset)]
+        scratch = memoryview(bytearray(min(COPY_BYTES, size)))
+        for offset in range(0, size, COPY_BYTES):
+            piece = scratch[: min(COPY_BYTES, size - offset)]
             reader.read_into(source, piece, offset)
             self.write(name, piece, offset)
 

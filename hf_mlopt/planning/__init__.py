@@ -6,7 +6,7 @@ from hf_mlopt.lazy import lazy_names
 _PUBLIC = {
     "Plan": "hf_mlopt.planning.plan",
     "make_plan": "hf_mlopt.planning.plan",
-    "output_layout": "hf_mlopt.planning.layout",
+    "planned_layout": "hf_mlopt.planning.layout",
     "read_shape": "hf_mlopt.planning.shape",
     "read_source": "hf_mlopt.planning.source",
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_mlopt.errors import ConfigurationError, InputError
-from hf_mlopt.hub.output import check_output
+from hf_mlopt.hub.output import check_output, unfinished_directory
 from hf_mlopt.planning.costs import Costs
 from hf_mlopt.planning.families import has_fused_experts
 from hf_mlopt.planning.machine import free_disk, gpu_memory
@@ -14,6 +14,7 @@ from hf_mlopt.planning.memory import Peak
 from hf_mlopt.planning.shape import Matrix, ModelShape, is_float
 from hf_mlopt.planning.source import Source
 from hf_mlopt.pruning.config import PruningConfig
+from hf_mlopt.pruning.grid import sparsity_grid
 from hf_mlopt.pruning.kept import num_kept, refuse_drop
 
 
@@ -28,6 +29,7 @@ def model_conflicts(source: Source, shape: ModelShape, config: PruningConfig, tr
         found.append(str(ConfigurationError("trust_remote_code", False, why)))
     found += _dtype_conflicts(shape, config)
     found += _width_conflicts(shape, config)
+    found += _allocation_conflicts(shape, config)
     found += _drop_conflicts(shape, config)
     return found
 
@@ -64,6 +66,16 @@ def _width_conflicts(shape: ModelShape, config: PruningConfig) -> Iterator[str]:
         if config.sparsity and num_kept(width, config.sparsity) == width:
             why = f"removes nothing from rows of {width} inputs in {matrix.name}"
             yield str(ConfigurationError("sparsity", config.sparsity, why))
+
+
+def _allocation_conflicts(shape: ModelShape, config: PruningConfig) -> Iterator[str]:
+    if config.allocation != "load":
+        return
+    for widths in {frozenset(m.inputs for m in layer.experts) for layer in shape.layers if layer.experts}:
+        try:
+            sparsity_grid(config.sparsity, widths)
+        except ConfigurationError as error:
+            yield str(error)
 
 
 def _drop_conflicts(shape: ModelShape, config: PruningConfig) -> Iterator[str]:
@@ -118,13 +130,18 @@ def disk_conflicts(
             check_output(output)
         except InputError as error:
             found.append(str(error))
-        unfinished = place.with_name(f".{place.name}.unfinished")
-        if streamed and unfinished.exists() and not resume:
+        unfinished = unfinished_directory(place)
+        begun = (unfinished / "manifest.json").is_file() and (unfinished / "checkpoint").is_dir()
+        if streamed and begun and not resume:
             found.append(f"output: an unfinished run stands in {unfinished}; go on with it by --resume, or remove it")
         place = place.parent
     wanted = {"output": (place, 0 if resume else max(costs.disk_bytes, source.nbytes))}
     if offload is not None:
-        wanted["offload_states"] = (Path(offload).expanduser().resolve(), costs.offloaded_bytes)
+        states = Path(offload).expanduser().resolve()
+        wanted["offload_states"] = (states, costs.offloaded_bytes)
+        existing = next(path for path in (states, *states.parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            found.append(str(ConfigurationError("offload_states", offload, f"cannot write in {existing}")))
     if source.to_download:
         wanted["model"] = (source.download_to, source.to_download)
     for names in _by_disk(wanted):

@@ -13,7 +13,7 @@ _MASK_BITS = 1  # of a packed tensor, for each weight
 _TRANSFORMERS_SHARD = 5_000_000_000
 
 
-def output_layout(shape: ModelShape, source: Layout, num_kept: int | None = None) -> Layout:
+def planned_layout(shape: ModelShape, source: Layout, num_kept: int | None = None) -> Layout:
     """
     The safetensors files of the result, each tensor where the source has it.
 
@@ -66,7 +66,7 @@ def packed_bytes(layout: Layout, pruned: set[str], sparsity: float) -> int:
     zero.
 
     Args:
-        layout (`dict[str, dict[str, TensorInfo]]`): From [`output_layout`].
+        layout (`dict[str, dict[str, TensorInfo]]`): From [`planned_layout`].
         pruned (`set[str]`): Names of the tensors that lose weights.
         sparsity (`float`): Fraction of their weights that is zero.
     """

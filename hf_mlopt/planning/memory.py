@@ -87,15 +87,12 @@ def in_memory_peak(shape: ModelShape, run: Run, states: int, *, mapped: bool = T
     inside = [layer.tensors for layer in shape.layers]
     weights = sum(_loaded(tensors, width) for tensors in [shape.rest, *inside])
     held = {"interpreter": _interpreter(run), "weights": weights}
-    # The layers' matrices are put together from the files' pages; what is outside them is taken as it lies there.
-    pages = sum(info.nbytes for tensors in inside for info in tensors.values()) if mapped else 0
-    # Experts that the files hold one by one are split out of the stacks again, gate from up.
-    split = sum(
-        matrix.numel * width
-        for layer in shape.layers
-        for matrix in layer.experts
-        if matrix.reads == "hidden" and matrix.experts == 1
-    )
+    # Experts that the files hold one by one are put together from the pages of all files; of others, the pages of a
+    # file go when its tensors have been taken. To be saved, they are split out of the stacks again, gate from up.
+    one_by_one = [matrix for layer in shape.layers for matrix in layer.experts if matrix.experts == 1]
+    of_layers = [sum(info.nbytes for info in tensors.values()) for tensors in inside]
+    pages = (sum(of_layers) if one_by_one else max(of_layers)) if mapped else 0
+    split = sum(matrix.numel * width for matrix in one_by_one if matrix.reads == "hidden")
     moments = [Peak("loading", {**held, "mapped files": pages}), Peak("saving", {**held, "saving": split})]
     for layer in shape.layers:
         for moment in _layer_moments(shape, run, layer, {**held, "states": states}, states, accelerator=False):

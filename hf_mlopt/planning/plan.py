@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hf_mlopt.planning import conflicts as check
 from hf_mlopt.planning.costs import Costs, Run, count_costs, targets
-from hf_mlopt.planning.layout import file_bytes, output_layout, packed_bytes, saved_by_transformers
+from hf_mlopt.planning.layout import file_bytes, packed_bytes, planned_layout, saved_by_transformers
 from hf_mlopt.planning.machine import available_memory, gpu_memory
 from hf_mlopt.planning.memory import Peak, in_memory_peak, must_stream, streamed_peak
 from hf_mlopt.planning.shape import ModelShape, read_shape
@@ -84,7 +84,7 @@ def make_plan(recipe, *, measure: bool = False) -> Plan:
     run = Run(recipe, recipe.samples, length, streamed, offload is not None, recipe.save_states_every)
 
     kept = num_kept(shape.num_experts, recipe.drop_experts) if recipe.drop_experts else None
-    output = output_layout(shape, source.layout, kept)
+    output = planned_layout(shape, source.layout, kept)
     output = output if streamed else saved_by_transformers(output)
     costs = count_costs(shape, run, source.layout, output)
     peak, device_peak = _peaks(shape, run, source, costs, gpu is not None)
@@ -136,6 +136,8 @@ def _streams(recipe, source: Source, shape: ModelShape, length: int, available: 
         return recipe.stream, "as asked"
     if recipe.resume:
         return True, "to go on with an earlier run"
+    if recipe.offload_states:
+        return True, "to keep the states on disk"
     tokens = recipe.samples * length if recipe.needs_calibration else 0
     if must_stream(source.nbytes, tokens * shape.hidden * 4, available):
         return True, "the model does not fit in memory"
