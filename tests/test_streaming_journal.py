@@ -444,6 +444,19 @@ def test_a_result_is_remembered(begin):
     assert journal.remembered("owl", lambda: computed.append(1)) == [0.25, 0.5] and len(computed) == 1
 
 
+def test_what_was_refused_before_its_first_layer_is_forgotten(begin):
+    journal = begin()
+    journal.forget_if_nothing_was_done()
+    assert not journal.directory.exists()
+
+
+def test_a_pass_over_the_model_is_not_forgotten(begin):
+    journal = begin()
+    journal.remembered("owl", lambda: [0.25])
+    journal.forget_if_nothing_was_done()
+    assert begin_again(begin, journal).remembered("owl", lambda: None) == [0.25]
+
+
 def test_json_is_there_completely_or_not_at_all(tmp_path, monkeypatch):
     path, order = tmp_path / "x.json", []
     write_json(path, {"a": 1})

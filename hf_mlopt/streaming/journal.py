@@ -155,7 +155,10 @@ class Journal:
 
     def forget_if_nothing_was_done(self) -> None:
         """A run that was refused before its first layer leaves nothing in the way of the next."""
-        if ranks.rank() == 0 and not self._layer_file(0).exists():
+        done = [file.name for file in self.directory.glob("*.json")] != ["manifest.json"] or self._layer_file(
+            0
+        ).exists()
+        if ranks.rank() == 0 and not done:
             self._wait()
             self._remove_states()
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -266,6 +269,8 @@ def _lock(directory: Path) -> int:
     descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink == 0:  # its holder has just finished, and removed it with the directory
+            raise OSError
     except OSError:
         os.close(descriptor)
         raise InputError(f"output: another process is at work in {directory}; wait for it or stop it") from None

@@ -4,7 +4,6 @@ import logging
 import os
 import shlex
 import shutil
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from textwrap import shorten
@@ -148,9 +147,10 @@ def _check_states_directory(directory: str) -> None:
     path = Path(directory).expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=path))
     except OSError as error:
         raise ConfigurationError("offload_states", directory, f"cannot be written ({error.strerror})") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigurationError("offload_states", directory, "cannot be written (permission denied)")
 
 
 def _calibration(recipe: PruneRecipe, tokenizer, config):
@@ -169,7 +169,9 @@ def _streams(recipe: PruneRecipe, checkpoint: Checkpoint, config, calibration) -
         return recipe.stream is not False
     tokens = calibration.token_ids.numel() if calibration is not None else 0
     states = tokens * config.get_text_config().hidden_size * 4
-    streams = must_stream(checkpoint.weight_bytes or 0, states, available_memory())
+    from hf_mlopt.pruning import ranks
+
+    streams = ranks.from_first(must_stream(checkpoint.weight_bytes or 0, states, available_memory()))
     if streams:
         logger.info("the model does not fit in memory with room to write it: going layer by layer (--stream)")
     return streams
