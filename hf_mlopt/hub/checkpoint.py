@@ -68,7 +68,7 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Checkp
     path = Path(model).expanduser()
     if path.is_dir():
         _refuse_packed(str(model), path)
-        _read_config(path)
+        read_config(path)
         size = sum(file.stat().st_size for file in _weight_files(path))
         return Checkpoint(str(path), path, weight_bytes=size, license=_license(path))
     if path.exists():
@@ -78,7 +78,7 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Checkp
     with hub_errors(str(model)):
         directory = _fetch_small_files(str(model), revision)
     _refuse_packed(str(model), directory)
-    _read_config(directory)
+    read_config(directory)
     index = directory / f"{_WEIGHTS[0]}.index.json"
     size = _read_index(index).get("metadata", {}).get("total_size") if index.is_file() else None
     return Checkpoint(str(model), directory, directory.name, size, _license(directory))
@@ -217,7 +217,7 @@ def copy_config(source: Path, directory: Path, experts: tuple[int, int] | None =
         source (`Path`), directory (`Path`): Of the original and of the new checkpoint.
         experts (`tuple[int, int]`, *optional*): Routed experts before and after, where some were removed.
     """
-    config = _read_config(source)
+    config = read_config(source)
     if experts is not None:
         before, after = experts
         for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -294,7 +294,7 @@ def _finish_config(path: Path, provenance: dict, source: Path | None) -> None:
         config.pop(key, None)
     if source is not None:  # a Trainer sets `use_cache` to False on the model it is given
         config.pop("use_cache", None)
-        config |= {key: value for key, value in _read_config(source).items() if key == "use_cache"}
+        config |= {key: value for key, value in read_config(source).items() if key == "use_cache"}
     config["hf_mlopt"] = provenance
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -306,7 +306,8 @@ def _refuse_packed(model: str, directory: Path) -> None:
         raise InputError(f"model={model!r}: is packed; unpack it first: hf-mlopt unpack {model} --output DIR")
 
 
-def _read_config(directory: Path) -> dict:
+def read_config(directory: Path) -> dict:
+    """The `config.json` of a checkpoint; `InputError` if there is none, or it is not that of a model."""
     path = directory / "config.json"
     if not path.is_file():
         hint = (

@@ -1,11 +1,11 @@
 """The configuration and the tensor headers of a checkpoint, here or on the Hub; no weight is read or fetched."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub import Checkpoint, hub_errors, resolve_checkpoint, safetensors_files
+from hf_mlopt.hub.checkpoint import read_config
 from hf_mlopt.hub.provenance import is_local_name
 from hf_mlopt.hub.shards import DTYPE_BYTES, Layout, ShardReader, TensorInfo
 
@@ -52,7 +52,7 @@ def read_source(model: str, revision: str | None = None) -> Source:
     path = Path(model).expanduser()
     if path.exists() or is_local_name(model):
         checkpoint = resolve_checkpoint(model)
-        return Source(model, _read_json(checkpoint.directory / "config.json"), _local_layout(checkpoint))
+        return Source(model, read_config(checkpoint.directory), _local_layout(checkpoint))
     return _hub_source(model, revision)
 
 
@@ -67,7 +67,7 @@ def _hub_source(model: str, revision: str | None) -> Source:
             raise
         except EntryNotFoundError:
             raise InputError(f"model={model!r}: not a checkpoint, it has no config.json") from None
-    config, snapshot = _read_json(config_file), config_file.parent
+    config, snapshot = read_config(config_file.parent), config_file.parent
     try:
         layout = _local_layout(Checkpoint(model, snapshot))  # it is in the cache already
     except InputError:
@@ -96,13 +96,3 @@ def _tensors(model: str, file: str, found) -> dict[str, TensorInfo]:
 def _local_layout(checkpoint: Checkpoint) -> Layout:
     with ShardReader(safetensors_files(checkpoint)) as reader:
         return reader.layout
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{path}: not the configuration of a model, it has no model_type")
-    return config

@@ -51,8 +51,13 @@ def validate(model: nn.Module, config: PruningConfig) -> list[MoELayer]:
 def check_finite_weights(model: nn.Module) -> None:
     """Raises `InputError` naming the first parameter that holds NaN or Inf."""
     for name, parameter in model.named_parameters():
-        if not is_finite(parameter):
-            raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
+        require_finite(name, parameter)
+
+
+def require_finite(name: str, weight: torch.Tensor) -> None:
+    """Raises `InputError` naming the tensor if it holds NaN or Inf."""
+    if weight.is_floating_point() and not is_finite(weight):
+        raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
 
 
 def is_finite(value: torch.Tensor) -> bool:

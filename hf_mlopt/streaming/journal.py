@@ -155,10 +155,8 @@ class Journal:
 
     def forget_if_nothing_was_done(self) -> None:
         """A run that was refused before its first layer leaves nothing in the way of the next."""
-        done = [file.name for file in self.directory.glob("*.json")] != ["manifest.json"] or self._layer_file(
-            0
-        ).exists()
-        if ranks.rank() == 0 and not done:
+        remembered = [file.name for file in self.directory.glob("*.json") if file.name != "manifest.json"]
+        if ranks.rank() == 0 and not remembered and not self._layer_file(0).exists():
             self._wait()
             self._remove_states()
             shutil.rmtree(self.directory, ignore_errors=True)

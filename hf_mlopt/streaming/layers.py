@@ -15,7 +15,7 @@ from hf_mlopt.errors import InputError
 from hf_mlopt.hub.shards import ShardReader, ShardWriter
 from hf_mlopt.moe import MoELayer
 from hf_mlopt.pruning.removal import keep_experts_
-from hf_mlopt.pruning.validation import is_finite
+from hf_mlopt.pruning.validation import require_finite
 from hf_mlopt.streaming.skeleton import (
     DTYPES,
     are_views,
@@ -111,8 +111,7 @@ class StreamedLayers:
                     continue
                 value = torch.empty(info.shape, dtype=DTYPES[info.dtype])
                 read_tensor(self.reader, name, value)
-                if value.is_floating_point() and not is_finite(value):
-                    raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
+                require_finite(name, value)
                 self.writer.write(name, bytes_of(value))
 
     def close(self) -> None:
@@ -144,8 +143,7 @@ def load_parameters(model, names: list[str], reader: ShardReader) -> dict[str, t
     for name, value in stored.items():
         read_tensor(reader, name, value)
     for name, value in parameters.items():
-        if value.is_floating_point() and not is_finite(value):
-            raise InputError(f"{name} holds NaN or Inf; the checkpoint is damaged or was converted wrongly.")
+        require_finite(name, value)
     return before
 
 

@@ -40,6 +40,20 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "
         ) from None
 
 
+@contextmanager
+def architecture_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turns what goes wrong when a model is made from a configuration into one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    with hub_errors(checkpoint.name):
+        try:
+            yield
+        except InputError:
+            raise
+        except (ValueError, StrictDataclassError) as error:  # unknown architecture, custom code, ill-typed field
+            raise InputError(f"model={checkpoint.name!r}: {shorten(str(error), 600)}") from None
+
+
 def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The model of a checkpoint, in the dtype it is stored in, in evaluation mode, on the CPU."""
     from transformers import AutoModelForCausalLM

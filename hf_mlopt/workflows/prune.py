@@ -6,7 +6,6 @@ import shlex
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from hf_mlopt import __version__
@@ -19,6 +18,7 @@ from hf_mlopt.planning.machine import available_memory
 from hf_mlopt.planning.memory import must_stream
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.workflows.loading import (
+    architecture_errors,
     choose_device,
     context_length,
     launched_processes,
@@ -167,10 +167,10 @@ def _streams(recipe: PruneRecipe, checkpoint: Checkpoint, config, calibration) -
     """Whether to go layer by layer: if asked for, or if the model would not fit."""
     if recipe.stream is not None or recipe.resume or recipe.offload_states:
         return recipe.stream is not False
-    tokens = calibration.token_ids.numel() if calibration is not None else 0
-    states = tokens * config.get_text_config().hidden_size * 4
     from hf_mlopt.pruning import ranks
 
+    tokens = calibration.token_ids.numel() if calibration is not None else 0
+    states = tokens * config.get_text_config().hidden_size * 4
     streams = ranks.from_first(must_stream(checkpoint.weight_bytes or 0, states, available_memory()))
     if streams:
         logger.info("the model does not fit in memory with room to write it: going layer by layer (--stream)")
@@ -233,22 +233,16 @@ def documents(model, report, recipe: PruneRecipe, checkpoint: Checkpoint, evalua
 def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
     """Builds the model without weights, refuses what cannot be pruned and returns it."""
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from hf_mlopt.errors import InputError
-    from hf_mlopt.hub import hub_errors
     from hf_mlopt.pruning import validate
 
-    with hub_errors(checkpoint.name):
-        try:
-            config = AutoConfig.from_pretrained(
-                checkpoint.name, revision=checkpoint.revision, trust_remote_code=recipe.trust_remote_code
-            )
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
-        except (ValueError, StrictDataclassError) as error:  # unknown architecture, custom code, ill-typed field
-            raise InputError(f"model={checkpoint.name!r}: {shorten(str(error), 600)}") from None
+    with architecture_errors(checkpoint):
+        config = AutoConfig.from_pretrained(
+            checkpoint.name, revision=checkpoint.revision, trust_remote_code=recipe.trust_remote_code
+        )
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
     validate(skeleton, recipe.pruning)
     return skeleton
 

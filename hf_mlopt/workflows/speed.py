@@ -4,13 +4,12 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Literal
 
 from hf_mlopt.errors import ConfigurationError, InputError
-from hf_mlopt.hub import Checkpoint, environment, hub_errors, resolve_checkpoint
+from hf_mlopt.hub import Checkpoint, environment, resolve_checkpoint
 from hf_mlopt.hub.shards import write_errors
-from hf_mlopt.workflows.loading import choose_device
+from hf_mlopt.workflows.loading import architecture_errors, choose_device
 
 
 if TYPE_CHECKING:
@@ -115,24 +114,18 @@ def measure_speed(config: SpeedConfig) -> dict:
 def _first_layer(checkpoint: Checkpoint, dtype: str) -> "tuple[MoELayer, dict]":
     """The first layer with experts, on the meta device, and its shape."""
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hf_mlopt.moe import moe_layers
 
-    with hub_errors(checkpoint.name):
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
-            chosen = getattr(config.get_text_config(), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-            if chosen is None:
-                raise ConfigurationError("dtype", dtype, "config.json names none; give bfloat16, float16 or float32")
-            with torch.device("meta"):
-                # Not only one layer of it: in some families the first ones have no experts.
-                skeleton = AutoModelForCausalLM.from_config(config, dtype=chosen)
-        except InputError:
-            raise
-        except (ValueError, StrictDataclassError) as error:  # unknown architecture, custom code, ill-typed field
-            raise InputError(f"model={checkpoint.name!r}: {shorten(str(error), 600)}") from None
+    with architecture_errors(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+        chosen = getattr(config.get_text_config(), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+        if chosen is None:
+            raise ConfigurationError("dtype", dtype, "config.json names none; give bfloat16, float16 or float32")
+        with torch.device("meta"):
+            # Not only one layer of it: in some families the first ones have no experts.
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=chosen)
     layer = moe_layers(skeleton)[0]
     if not layer.is_fused or layer.top_k is None:
         what = "its experts are a ModuleList, not fused" if layer.top_k else "config.json names no experts per token"

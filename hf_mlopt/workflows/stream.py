@@ -1,6 +1,5 @@
 """The streamed form of `hf-mlopt prune`: one decoder layer in memory at a time, resumable at any moment."""
 
-import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ from hf_mlopt import __version__
 from hf_mlopt.configuration import to_dict
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub import Checkpoint, complete_checkpoint, copy_config, safetensors_files
+from hf_mlopt.hub.checkpoint import read_config
 from hf_mlopt.hub.shards import ShardReader, ShardWriter, index_json, write_errors
 from hf_mlopt.workflows.prune import PruneRecipe, calibration_record, documents
 
@@ -113,7 +113,6 @@ def _identity(recipe: PruneRecipe, checkpoint: Checkpoint, reader: ShardReader, 
     from hf_mlopt.pruning import ranks
     from hf_mlopt.streaming.journal import SWEEP_FORMAT, source_identity
 
-    config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
     return {
         "format": SWEEP_FORMAT,
         "hf_mlopt": __version__,
@@ -122,7 +121,7 @@ def _identity(recipe: PruneRecipe, checkpoint: Checkpoint, reader: ShardReader, 
         "device": device.type,
         "processes": ranks.world_size(),
         "threads": torch.get_num_threads(),
-        "config": config,
+        "config": read_config(checkpoint.directory),
         "recipe": to_dict(recipe.pruning),
         "calibration": calibration and calibration.source["fingerprint"],
         "source": source_identity(reader),
