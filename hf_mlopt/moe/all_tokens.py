@@ -8,7 +8,8 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_mlopt.moe.layers import MoELayer
-from hf_mlopt.moe.observation import SeenEnough, capture_intermediate, delegate_name
+from hf_mlopt.moe.observation import SeenEnough, capture_intermediate
+from hf_mlopt.moe.switching import delegate_name
 
 
 @torch.no_grad()

@@ -7,21 +7,18 @@ was active and hands the routed tokens to an observer.
 
 # T tokens   H hidden   K experts per token   S slots = T * K   I expert intermediate   E experts
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_mlopt.errors import InputError
+from hf_mlopt.moe.expert_outputs import by_slot, weighted_sum
 from hf_mlopt.moe.layers import MoELayer, moe_layers
 from hf_mlopt.moe.module_list import observe_module_list
 from hf_mlopt.moe.routed_tokens import Observation, Observer, RoutedTokens, row_norms
-
-
-# An eager body hides the input of `down_proj`, so an eager model is observed through batched_mm.
-_DELEGATES = {"grouped_mm": "grouped_mm", "batched_mm": "batched_mm", "eager": "batched_mm"}
+from hf_mlopt.moe.switching import delegate_name, switched
 
 
 @contextmanager
@@ -58,8 +55,10 @@ def observe_layers(layers: list[MoELayer], observer: Observer, output_norms: boo
         order_S, norm_S = slot_order(delegates[experts], topk_index_TK), None
         with capture_intermediate(experts) as captured:
             if output_norms:
-                output_TH, norm_S = _forward_by_slot(forward, experts, hidden_TH, topk_index_TK, topk_weight_TK)
-                norm_S = norm_S[order_S]
+                hidden_SH = hidden_TH.repeat_interleave(topk_index_TK.shape[1], dim=0)
+                output_SH = by_slot(forward, experts, hidden_SH, topk_index_TK.reshape(-1))
+                output_TH = weighted_sum(output_SH, topk_weight_TK, hidden_TH.dtype)
+                norm_S = row_norms(output_SH)[order_S]
             else:
                 output_TH = forward(experts, hidden_TH, topk_index_TK, topk_weight_TK)
         expert_S, gate_S = topk_index_TK.reshape(-1)[order_S], topk_weight_TK.reshape(-1)[order_S]
@@ -69,22 +68,11 @@ def observe_layers(layers: list[MoELayer], observer: Observer, output_norms: boo
         return output_TH
 
     with ExitStack() as stack:
-        stack.enter_context(_switched(list(fused), observed))
+        stack.enter_context(switched(list(fused), observed))
         for layer in layers:
             if not layer.is_fused:
                 stack.enter_context(observe_module_list(layer, observer, observation, output_norms))
         yield observation
-
-
-def delegate_name(layer: MoELayer) -> str:
-    """The registered implementation that an observed layer runs on."""
-    active = layer.experts.config._experts_implementation
-    if active not in _DELEGATES:
-        raise InputError(
-            f"{layer.name}: experts implementation {active!r} cannot be observed; call "
-            'model.set_experts_implementation("grouped_mm") first.'
-        )
-    return _DELEGATES[active]
 
 
 def slot_order(implementation: str, topk_index_TK: torch.Tensor) -> torch.Tensor:
@@ -93,23 +81,6 @@ def slot_order(implementation: str, topk_index_TK: torch.Tensor) -> torch.Tensor
     if implementation == "grouped_mm":
         return torch.sort(expert_S)[1]
     return torch.arange(len(expert_S), device=expert_S.device)
-
-
-def _forward_by_slot(forward, experts, hidden_TH, topk_index_TK, topk_weight_TK):
-    """
-    The experts' output, bit for bit that of `forward`, and the norm of what each expert made of a token, `[slots]` in
-    the order of the flattened top-k.
-
-    Every slot becomes a token of its own, sent to one expert with weight one. The list of experts is the same, so the
-    implementations sort and multiply the same rows; only weighing and summing is left to be done as they do it.
-    """
-    num_tokens, top_k = topk_index_TK.shape
-    index_S1 = topk_index_TK.reshape(-1, 1)
-    ones_S1 = torch.ones_like(index_S1, dtype=hidden_TH.dtype)
-    output_SH = forward(experts, hidden_TH.repeat_interleave(top_k, dim=0), index_S1, ones_S1)
-    weighted_SH = output_SH * topk_weight_TK.reshape(-1, 1)  # in float32 where the router's weights are
-    output_TH = weighted_SH.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
-    return output_TH, row_norms(output_SH)
 
 
 class SeenEnough(Exception):
@@ -143,20 +114,3 @@ def capture_intermediate(experts: nn.Module, stop: bool = False) -> Iterator[lis
         yield captured
     finally:
         del experts._apply_gate
-
-
-@contextmanager
-def _switched(modules: list[nn.Module], function: Callable) -> Iterator[None]:
-    """Runs the given experts through `function`, by name through the registry, and restores what was there."""
-    configs = {id(module.config): module.config for module in modules}.values()
-    before = [(config, config._experts_implementation) for config in configs]
-    name = f"hf_mlopt_observe_{id(function)}"
-    ALL_EXPERTS_FUNCTIONS[name] = function
-    try:
-        for config in configs:
-            config._experts_implementation = name
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation
-        del ALL_EXPERTS_FUNCTIONS[name]

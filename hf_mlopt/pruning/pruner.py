@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe import MoELayer, decoder_layers
 from hf_mlopt.moe.layers import text_config
-from hf_mlopt.moe.observation import delegate_name
+from hf_mlopt.moe.switching import delegate_name
 from hf_mlopt.pruning import ranks
 from hf_mlopt.pruning.batches import as_batches
 from hf_mlopt.pruning.config import PruningConfig

@@ -5,7 +5,7 @@ from torch import nn
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.moe import MoELayer, decoder_layers, moe_layers
-from hf_mlopt.moe.observation import delegate_name
+from hf_mlopt.moe.switching import delegate_name
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.grid import sparsity_grid
 from hf_mlopt.pruning.patterns import num_pruned

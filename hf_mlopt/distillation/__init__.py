@@ -1,0 +1,11 @@
+"""Expert-wise distillation of a pruned mixture of experts: a Trainer, and a mode that goes layer by layer."""
+
+from hf_mlopt.lazy import lazy_names
+
+
+_PUBLIC = {
+    "DistillationArguments": "hf_mlopt.distillation.arguments",
+    "ExpertDistillationTrainer": "hf_mlopt.distillation.trainer",
+}
+
+__all__, __getattr__ = lazy_names(__name__, _PUBLIC)
