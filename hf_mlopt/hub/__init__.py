@@ -1,6 +1,7 @@
 """Checkpoints that plain Transformers reads, where they came from, and their cards. Importing this needs no torch."""
 
 from hf_mlopt.hub.card import pruning_card, render_card
+from hf_mlopt.hub.card_distilled import distillation_card
 from hf_mlopt.hub.checkpoint import (
     Checkpoint,
     checkpoint_bytes,
@@ -21,6 +22,7 @@ __all__ = [
     "checkpoint_bytes",
     "complete_checkpoint",
     "copy_config",
+    "distillation_card",
     "environment",
     "hub_errors",
     "model_provenance",

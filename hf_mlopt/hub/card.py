@@ -5,14 +5,19 @@ import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
+from hf_mlopt.errors import InputError
 from hf_mlopt.hub.provenance import is_local_name
+from hf_mlopt.hub.results import (
+    all_tables,
+    check_evaluation,
+    comparison,
+    perplexity_results,
+    report_tables,
+    task_results,
+)
 from hf_mlopt.resources import resource_dir
 
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 _PAPERS = "https://huggingface.co/papers"
 # Method -> its name with a link, and what ranks the weights.
@@ -37,6 +42,14 @@ _METHODS = {
         "the weights that stay are updated to make up for it",
     ),
 }
+_NEEDED = (
+    *("method", "pattern", "sparsity", "scope", "propagate", "model.source", "layers", "seconds"),
+    *("totals.parameters", "totals.pruned_parameters", "totals.zeros"),
+    *("totals.sparsity_of_scope", "totals.sparsity_of_model"),
+    *("environment.hf_mlopt", "environment.transformers", "environment.torch", "environment.python"),
+    "environment.machine",
+)
+_ABSENT = object()
 _LISTED_LAYERS = 12  # a card names so many layers with starved experts; pruning_report.json has them all
 
 
@@ -69,7 +82,9 @@ def render_card(template: str, data: dict, card_data: dict) -> str:
     return str(ModelCard(content))
 
 
-def pruning_card(report: dict, name: str, *, command: str | None = None, license: str | None = None) -> str:
+def pruning_card(
+    report: dict, name: str, *, command: str | None = None, license: str | None = None, results: dict | None = None
+) -> str:
     """
     The card of a pruned model. It states what the report holds; a section without data is left out.
 
@@ -79,57 +94,108 @@ def pruning_card(report: dict, name: str, *, command: str | None = None, license
         name (`str`): Repository of the pruned model, or its directory, of which the card shows the last part.
         command (`str`, *optional*): Command that wrote it.
         license (`str`, *optional*): License of the original, as the Hub spells it.
+        results (`dict`, *optional*): What `hf-mlopt evaluate` wrote about the dense model and this one.
 
     Returns:
         `str`: The text of `README.md`.
+
+    Raises:
+        InputError: If the report or the results lack what the card has to state.
+    """
+    sections = pruning_sections(report)
+    base_model = hub_id(report["model"]["source"])
+    prunes = _prunes(report)
+    tags = ["mixture-of-experts", "pruning", *(["sparse", report["method"]] if prunes else []), "hf_mlopt"]
+    data = {**sections, "base": base_link(report["model"]["source"]), "command": command}
+    return finished_card(
+        "pruned", data, report_tables(report, ("dense", "pruned")), name, license, results,
+        base_model=base_model, tags=tags, datasets=hub_datasets(report.get("calibration")),
+    )  # fmt: skip
+
+
+def finished_card(
+    template: str, data: dict, tables: list[dict], name: str, license: str | None, results: dict | None, **card_data
+) -> str:
+    """
+    What all cards of models have in common: names, and measured results in tables and header.
+
+    Args:
+        template (`str`), data (`dict`): As in [`render_card`].
+        tables (`list[dict]`): Perplexities from the reports, see [`~hub.results.report_tables`].
+        name (`str`), license (`str`, *optional*), results (`dict`, *optional*): As in [`pruning_card`].
+        **card_data: The other arguments of [`~huggingface_hub.ModelCardData`].
     """
     name = Path(name).name if is_local_name(name) else name
-    model, calibration = report["model"], report.get("calibration") or {}
-    evaluation = report.get("evaluation") or []
-    # The Hub resolves nothing but its own ids; a directory's name holds no slash.
-    base_model = model["source"] if "/" in (model["source"] or "") else None
-    prunes = report["pattern"] is not None or report["sparsity"] is not None
-    method, ranking = _METHODS.get(report["method"], (report["method"], None))
-    card_data = {
-        "base_model": base_model,
+    found = None
+    if results is not None:
+        check_evaluation(results, "results")
+        found = comparison(results, name)
+    tables = all_tables(tables, found)
+    measured = perplexity_results(tables) + (task_results(results, name) if found else [])
+    header = {
         "library_name": "transformers",
         "license": license,
         "pipeline_tag": "text-generation",
-        "tags": ["mixture-of-experts", "pruning", *(["sparse", report["method"]] if prunes else []), "hf_mlopt"],
-        "datasets": [calibration["dataset"]] if calibration.get("dataset") else None,
-        "eval_results": [_eval_result(row) for row in evaluation] or None,
-        "model_name": name.split("/")[-1] if evaluation else None,  # belongs to the results
+        "eval_results": measured or None,
+        "model_name": name.split("/")[-1] if measured else None,  # belongs to the results
     }
-    data = {
+    tasks = found if found and found["tasks"] else None
+    shown = {"name": name, "license": license, "tables": tables, "tasks": tasks}
+    return render_card(template, data | shown, card_data | header)
+
+
+def require_fields(report: dict, fields: tuple[str, ...], file: str) -> None:
+    """
+    Makes sure that a report has what a card states of it. `a.b` stands for a field inside a field.
+
+    Raises:
+        InputError: Names every field that is missing.
+    """
+    missing = []
+    for field in fields:
+        place = report
+        for key in field.split("."):
+            place = place.get(key, _ABSENT) if isinstance(place, dict) else _ABSENT
+        if place is _ABSENT:
+            missing.append(field)
+    if missing:
+        raise InputError(f"{file}: misses {', '.join(missing)}, which its card states; run the command again")
+
+
+def hub_id(source: str | None) -> str | None:
+    """The source if the Hub resolves it; a directory's name, as reports hold it, has no slash."""
+    return source if "/" in (source or "") else None
+
+
+def base_link(source: str | None) -> str | None:
+    """How a card's text names the original."""
+    return f"[{source}](https://huggingface.co/{source})" if hub_id(source) else source
+
+
+def hub_datasets(*sources: dict | None) -> list[str] | None:
+    """Ids of the data sets on the Hub among some records of provenance."""
+    found = [source["dataset"] for source in sources if source and source.get("dataset")]
+    return list(dict.fromkeys(found)) or None
+
+
+def pruning_sections(report: dict) -> dict:
+    """What the parts of a card that tell of pruning read; `InputError` if the report lacks it."""
+    require_fields(report, _NEEDED, "pruning_report.json")
+    method, ranking = _METHODS.get(report["method"], (report["method"], None))
+    return {
         "report": report,
-        "name": name,
-        "command": command,
-        "license": license,
-        "base": f"[{base_model}](https://huggingface.co/{base_model})" if base_model else model["source"],
         "method": method,
         "ranking": ranking,
         "pattern": _pattern(report),
         "projections": _projections(report["layers"]),
         "experts": _experts(report["layers"]),
         "coverage": _coverage(report["layers"]),
-        "calibration": calibration,
-        "evaluation": evaluation,
+        "calibration": report.get("calibration") or {},
     }
-    return render_card("pruned", data, card_data)
 
 
-def _eval_result(row: dict) -> "EvalResult":
-    from huggingface_hub import EvalResult
-
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=row["dataset"],
-        dataset_name=row["dataset"],
-        dataset_split=row["split"],
-        metric_type="perplexity",
-        metric_name=f"perplexity, windows of {row['window']} tokens (dense model: {row['dense']:.2f})",
-        metric_value=round(row["pruned"], 4),
-    )
+def _prunes(report: dict) -> bool:
+    return report["pattern"] is not None or report["sparsity"] is not None
 
 
 def _experts(layers: list[dict]) -> dict | None:
@@ -142,7 +208,7 @@ def _experts(layers: list[dict]) -> dict | None:
 
 
 def _pattern(report: dict) -> str | None:
-    if report["pattern"] is None and report["sparsity"] is None:
+    if not _prunes(report):
         return None
     if report["pattern"]:
         kept, group = map(int, report["pattern"].split(":"))

@@ -370,10 +370,14 @@ def _require_whole(file: Path) -> None:
 
 
 def _license(directory: Path) -> str | None:
+    import yaml
     from huggingface_hub import ModelCard
 
     card = directory / "README.md"
-    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except (yaml.YAMLError, ValueError):  # a broken header is no reason to refuse the weights beside it
+        return None
 
 
 def _fetch_small_files(model: str, revision: str | None) -> Path:

@@ -40,6 +40,12 @@ def is_local_name(model: str) -> bool:
     return path.is_dir() or path.is_absolute() or model.count("/") > 1 or model.startswith((".", "~"))
 
 
+def shown_name(name: str) -> str:
+    """A Hub id as it is; of a directory or file only the last part, without where it lies on this machine."""
+    path = Path(name).expanduser()
+    return path.resolve().name if is_local_name(name) or path.exists() else name
+
+
 def model_provenance(model: "PreTrainedModel", revision: str | None = None) -> dict:
     """
     Names the source of a model without giving away where it lay on this machine.
