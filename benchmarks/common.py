@@ -31,6 +31,13 @@ class Results:
         self.save()
         print("  ".join(f"{key}: {_short(value)}" for key, value in facts.items()), flush=True)
 
+    def keep_others(self, kinds: set[str]) -> None:
+        """Takes over what earlier runs found, but for rows of the kinds that are measured again."""
+        if self.path.is_file():
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+            rows = [row for row in before["rows"] if row["kind"] not in kinds]
+            self.record = {**before, **self.record, "rows": rows}
+
     def save(self) -> None:
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")

@@ -46,17 +46,22 @@ PATTERNS = (
 )
 SEEDS = (0, 1, 2)
 SCOPES = ("experts", "all-linear")
+REFERENCE = SHARED / "models" / "mixtral-8x-wiki"
+
+
+def write_articles(path: Path) -> Path:
+    """The text of wikipedia.txt without its tags."""
+    text = (SHARED / "text" / "wikipedia.txt").read_text(encoding="utf-8")
+    path.write_text(re.sub(r"</?doc[^>]*>", "", text), encoding="utf-8")
+    return path
 
 
 def load_reference():
     """The reference model, calibration windows for costs and, per seed, for quality, and the evaluation tokens."""
-    path = SHARED / "models" / "mixtral-8x-wiki"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
-    articles = re.sub(r"</?doc[^>]*>", "", (SHARED / "text" / "wikipedia.txt").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE).eval()
     with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "wikipedia.txt"
-        plain.write_text(articles, encoding="utf-8")
+        plain = write_articles(Path(folder) / "wikipedia.txt")
         cost = load_calibration(CalibrationConfig(str(plain), *COST_SHAPE), tokenizer).token_ids
         calibration = {
             seed: load_calibration(CalibrationConfig(str(plain), *QUALITY_SHAPE, seed), tokenizer).token_ids

@@ -249,17 +249,6 @@ def summarize_peers(results: Results) -> None:
                         )
 
 
-def keep_other_parts(results: Results, run: list[str]) -> None:
-    """Takes over what earlier runs found in the parts that are not run now."""
-    if not results.path.is_file():
-        return
-    before = json.loads(results.path.read_text())
-    run_again = {kind for part in run for kind in PARTS[part]}
-    results.record["rows"] = [row for row in before["rows"] if row["kind"] not in run_again]
-    if "dense_perplexity" in before:
-        results.record["dense_perplexity"] = before["dense_perplexity"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="2 and 4 layers, one pair, one seed; no peers.")
@@ -275,7 +264,7 @@ def main() -> None:
     from scale_quality import measure_quality
 
     results = Results(name, command)
-    keep_other_parts(results, arguments.only)
+    results.keep_others({kind for part in arguments.only for kind in PARTS[part]})
     if arguments.short:
         results.note(not_run="peers, 8 and 32 layers, seeds 1 and 2")
     results.note(tokens=[SAMPLES, LENGTH], batch_size=BATCH)

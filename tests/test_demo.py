@@ -108,7 +108,8 @@ def test_the_perplexities_are_those_of_the_checkpoints(demo, tmp_path):
     words = ("--perplexity", "embedded", "--max-windows", "4")
     for name, expected in (("mixtral-demo", result["dense"]), ("mixtral-demo-50", row["perplexity"])):
         outcome = succeed("evaluate", output / name, *words, "--output", tmp_path / name)
-        assert json.loads((tmp_path / name).read_text())["perplexity"] == pytest.approx(expected, rel=1e-6)
+        (model,) = json.loads((tmp_path / name).read_text())["models"]
+        assert model["perplexity"]["perplexity"] == pytest.approx(expected, rel=1e-6)
         assert "of the calibration text" not in outcome.err
 
 

@@ -32,6 +32,16 @@ def test_the_tail_is_dropped_and_windows_do_not_see_each_other(tiny_mixtral, tok
     assert whole.nll == pytest.approx(sum(parts) / 4, rel=1e-6)
 
 
+def test_the_standard_error_is_that_of_a_mean_over_windows(tiny_mixtral, token_ids):
+    model = tiny_mixtral()
+    nlls = [perplexity(model, part, 20).nll for part in token_ids[:100].split(20)]
+    mean = sum(nlls) / 5
+    variance = sum((nll - mean) ** 2 for nll in nlls) / 4
+    result = perplexity(model, token_ids, 20)
+    assert result.stderr == pytest.approx(math.exp(mean) * math.sqrt(variance / 5), rel=1e-4)
+    assert perplexity(model, token_ids[:20], 20).stderr is None
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_restores_the_mode_and_leaves_no_gradient(tiny_mixtral, token_ids, training):
     model = tiny_mixtral(attention_dropout=0.5).train(training)
@@ -53,7 +63,7 @@ def test_loss_is_taken_in_float32(tiny_mixtral, token_ids):
 def test_nan_is_refused_and_the_mode_restored(tiny_mixtral, token_ids):
     model = tiny_mixtral().train()
     model.lm_head.weight.data[7, 0] = torch.nan
-    with pytest.raises(InputError, match="loss is nan in windows 0 to 1: .*NaN or Inf"):
+    with pytest.raises(InputError, match="loss is nan in window 0: .*NaN or Inf"):
         perplexity(model, token_ids, 20, batch_size=2)
     assert model.training
 

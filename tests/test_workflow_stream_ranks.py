@@ -7,16 +7,14 @@ The processes are forks of this one that speak gloo with one another; one test s
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
 from command_line import hf_mlopt, succeed, weights
 from families import make_family, token_ids
+from processes import SECONDS, environment, free_port, together
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.pruning import MoEPruner, PruningConfig, ranks
@@ -26,47 +24,6 @@ from hf_mlopt.pruning.states import LayerCalls
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 HALF = ("--sparsity", "0.5")
-SECONDS = 120  # a test that hangs
-
-
-def environment(rank, port, world=2):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return dict(zip(names, map(str, (rank, rank, world, world, "127.0.0.1", port)), strict=True))
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def together(function, world=2, group=True):
-    """Calls `function(rank)` in several processes; what each returned, None for one that was killed."""
-    port, children = free_port(), []
-    for rank in range(world):
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(SECONDS)
-            try:
-                os.environ.update(environment(rank, port, world))
-                if group:
-                    dist.init_process_group("gloo")
-                answer = function(rank)
-            except BaseException:
-                answer = traceback.format_exc()
-            os.write(writing, json.dumps(answer).encode())
-            os._exit(0)
-        os.close(writing)
-        children.append((child, reading))
-    answers = []
-    for child, reading in children:
-        with open(reading, "rb") as pipe:
-            text = pipe.read()
-        _, status = os.waitpid(child, 0)
-        assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) == signal.SIGKILL, "a process hangs"
-        answers.append(json.loads(text) if text else None)
-    return answers
 
 
 def digest(model):

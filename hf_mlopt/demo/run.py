@@ -1,4 +1,4 @@
-"""Trains, prunes with every method, evaluates, and leaves a table, a plot and a pruned checkpoint with its card."""
+"""Trains, prunes with every method, distils, evaluates; leaves a table, a plot and checkpoints with their cards."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from hf_mlopt.data import CalibrationConfig, embedded_corpus, load_calibration, tokenize_corpus
 from hf_mlopt.demo.model import CONTEXT, build_model, train, train_tokenizer
 from hf_mlopt.demo.plot import plot
+from hf_mlopt.demo.recover import DENSE, DISTILLED, PRUNED, TASK, distil, judge
 from hf_mlopt.evaluation import perplexity
 from hf_mlopt.hub import check_output, environment, resolve_checkpoint, staged_output
 from hf_mlopt.pruning import METHODS, MoEPruner, PruningConfig
@@ -19,30 +20,44 @@ from hf_mlopt.workflows.prune import PruneRecipe, calibration_record, write_prun
 
 
 _RESULTS = "results.json"
-DENSE, PRUNED = "mixtral-demo", "mixtral-demo-50"  # what the cards call the models
-_WRITTEN = {DENSE, PRUNED, "perplexity.png", _RESULTS}
+_WRITTEN = {DENSE, PRUNED, DISTILLED, TASK, "perplexity.png", _RESULTS}
 _EMBEDDED = {"calibration": "embedded", "samples": 64, "sequence_length": CONTEXT}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much the demo does: optimizer steps, sparsities per method, and windows of held-out text."""
+    """
+    How much the demo does: optimizer steps, sparsities per method, windows of held-out text, windows to distil on and
+    how often, questions of the task.
+    """
 
     steps: int = 350
     sparsities: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7)
     methods: tuple[str, ...] = tuple(METHODS)
     windows: int = 100
+    distilled_on: int = 512
+    epochs: float = 2.0
+    questions: int = 200
 
 
-SHORT = Budget(steps=4, sparsities=(0.5,), methods=("magnitude", "wanda", "moe-pruner"), windows=4)
+SHORT = Budget(
+    steps=4,
+    sparsities=(0.5,),
+    methods=("magnitude", "wanda", "moe-pruner"),
+    windows=4,
+    distilled_on=16,
+    questions=8,
+)
 
 
 def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
     """
-    Runs the demo and writes `output`: `mixtral-demo/`, `mixtral-demo-50/`, `perplexity.png` and `results.json`.
+    Runs the demo and writes `output`: `mixtral-demo/`, `mixtral-demo-50/`, `mixtral-demo-50-distilled/`, the task
+    `continuations.jsonl`, `perplexity.png` and `results.json`.
 
     Returns:
-        `dict`: What `results.json` holds: `dense` perplexity, `rows` (one a variant), `seconds`, `environment`.
+        `dict`: What `results.json` holds: `dense` perplexity, `rows` (one a variant), `distillation` (its report),
+        `recovery` (a row a model: dense, pruned, distilled), `seconds`, `environment`.
 
     Raises:
         InputError: If `output` holds anything but an earlier demo, which is replaced.
@@ -78,9 +93,12 @@ def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
             folder / "perplexity.png",
             f"A Mixtral of {model.num_parameters() / 1e6:.1f} M parameters, trained by the demo, seed {seed}",
         )
+        distillation = distil(folder, target, budget.distilled_on, budget.epochs, seed)
         result = {
             "dense": dense,
             "rows": rows,
+            "distillation": distillation,
+            "recovery": judge(folder, budget.windows, budget.questions, seed),
             "seed": seed,
             "seconds": time.perf_counter() - started,
             "environment": environment(),
@@ -139,4 +157,18 @@ def table(result: dict) -> str:
             f"{row['method']:<16} {row['label']:>8} {100 * row['achieved_sparsity']:>6.1f} % "
             f"{row['perplexity']:>11.2f} {change:>+6.1f} % {row['seconds']:>8.2f}"
         )
+    return "\n".join(lines)
+
+
+def recovery_table(result: dict) -> str:
+    """Dense, pruned and distilled side by side, as text."""
+    rows, report = result["recovery"], result["distillation"]
+    lines = [f"{'model':<28} {'perplexity':>11} {'accuracy':>16}"]
+    for row in rows:
+        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %"
+        lines.append(f"{row['model']:<28} {row['perplexity']:>11.2f} {accuracy:>16}")
+    lines.append(
+        f"distilled layer by layer on {report['tokens']:,} tokens in {report['seconds']:.0f} s; accuracy on "
+        f"{rows[0]['questions']} questions about held-out text, 4 choices each"
+    )
     return "\n".join(lines)

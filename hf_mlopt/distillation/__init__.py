@@ -6,6 +6,10 @@ from hf_mlopt.lazy import lazy_names
 _PUBLIC = {
     "DistillationArguments": "hf_mlopt.distillation.arguments",
     "ExpertDistillationTrainer": "hf_mlopt.distillation.trainer",
+    "StoredTargets": "hf_mlopt.distillation.stored",
+    "add_masked_lora": "hf_mlopt.distillation.lora",
+    "merge_masked_lora": "hf_mlopt.distillation.lora",
+    "store_targets": "hf_mlopt.distillation.stored",
 }
 
 __all__, __getattr__ = lazy_names(__name__, _PUBLIC)

@@ -21,6 +21,10 @@ class DistillationArguments(MLOptTrainingArguments):
         router_aux_loss (`bool`, *optional*, defaults to `True`): Whether the load-balancing loss is added, with the
             coefficient of the model's configuration.
         allow_dense (`bool`, *optional*, defaults to `False`): Whether a student without zeros is accepted.
+        lora_rank (`int`, *optional*): Train adapters of this rank on the expert matrices, and nothing else; see
+            [`add_masked_lora`].
+        lora_alpha (`float`, *optional*): The adapters are scaled by `lora_alpha / lora_rank`; twice the rank by
+            default.
     """
 
     lmbda: float | None = None
@@ -29,6 +33,8 @@ class DistillationArguments(MLOptTrainingArguments):
     freeze_router: bool = False
     router_aux_loss: bool = True
     allow_dense: bool = False
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,3 +46,12 @@ class DistillationArguments(MLOptTrainingArguments):
             raise ConfigurationError("average_tokens_across_devices", False, "must be True for distillation")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigurationError("temperature", self.temperature, "must be above 0")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ConfigurationError("lora_rank", self.lora_rank, "must be at least 1")
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ConfigurationError("lora_alpha", self.lora_alpha, "needs lora_rank")
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # since, and until, 5.2x
+            keywords = getattr(self, name, None)
+            if keywords is not None and keywords.get("use_reentrant") is not False:
+                allowed = 'must hold "use_reentrant": false; the other kind drops the gradient of the experts\' error'
+                raise ConfigurationError(name, keywords, allowed)

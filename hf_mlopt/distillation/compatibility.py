@@ -1,8 +1,9 @@
 """Whether a student can learn from a teacher, told from their shapes alone."""
 
+from accelerate.state import AcceleratorState
 from torch import nn
 
-from hf_mlopt.errors import InputError
+from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.moe import MoELayer, decoder_layers, moe_layers
 from hf_mlopt.moe.expert_outputs import require_fused
 from hf_mlopt.moe.layers import text_config
@@ -20,17 +21,17 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
         InputError: If one is no mixture of experts, or they differ in vocabulary, decoder layers, hidden size, experts
             or routing. All differences are named with both sizes.
     """
-    sizes = [_sizes(model) for model in (student, teacher)]
-    differing = [
-        f"{name} {ours} and {theirs}"
-        for (name, ours), theirs in zip(sizes[0].items(), sizes[1].values(), strict=True)
-        if ours != theirs
-    ]
+    differing = differences(sizes(student), sizes(teacher))
     if differing:
         raise InputError(
-            f"teacher: does not fit the student, which have {'; '.join(differing)}. Give the model that the student "
-            "was pruned from, with all its experts"
+            f"teacher: does not fit the student, which have {differing}. Give the model that the student was pruned "
+            "from, with all its experts"
         )
+
+
+def differences(ours: dict, theirs: dict) -> str:
+    """What differs between the [`sizes`] of two models, in words, both values named; empty if nothing does."""
+    return "; ".join(f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name])
 
 
 def require_zeros(layers: list[MoELayer]) -> None:
@@ -44,7 +45,28 @@ def require_zeros(layers: list[MoELayer]) -> None:
         )
 
 
-def _sizes(model: nn.Module) -> dict:
+def require_supported(state: AcceleratorState, num_gpus: int) -> None:
+    """
+    Raises `InputError` for ways to train in which outputs of experts or masks would be lost.
+
+    Args:
+        state (`AcceleratorState`): Of the run.
+        num_gpus (`int`): GPUs that this one process trains on.
+    """
+    if num_gpus > 1:
+        raise InputError(
+            f"one process sees {num_gpus} GPUs and would copy the model to all of them at every step; start it with "
+            "`accelerate launch`, or let it see one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise ConfigurationError("distributed_type", "DEEPSPEED", "must be FSDP or MULTI_GPU for distillation")
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigurationError("fsdp_version", plugin.fsdp_version, "must be 2 for distillation")
+
+
+def sizes(model: nn.Module) -> dict:
+    """Everything in which a student must agree with its teacher, in words and JSON-able."""
     layers = moe_layers(model)
     require_fused(layers)
     config = text_config(model)

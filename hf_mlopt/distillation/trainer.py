@@ -4,19 +4,22 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from hf_mlopt.distillation.arguments import DistillationArguments
-from hf_mlopt.distillation.compatibility import check_pair, require_zeros
+from hf_mlopt.distillation.compatibility import check_pair, require_supported, require_zeros
+from hf_mlopt.distillation.lora import add_masked_lora, count_revived
 from hf_mlopt.distillation.losses import expert_mse, expert_squared_error, logit_divergence, tokens_per_expert
 from hf_mlopt.distillation.running_means import RunningMeans
+from hf_mlopt.distillation.stored import StoredTargets
 from hf_mlopt.distillation.teacher import ModelTeacher, Targets
 from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.evaluation.undisturbed import undisturbed
 from hf_mlopt.moe import moe_layers
 from hf_mlopt.moe.expert_outputs import receive_expert_outputs, require_fused
 from hf_mlopt.moe.layers import text_config
@@ -41,8 +44,8 @@ class ExpertDistillationTrainer(MLOptTrainer):
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The student.
-        teacher ([`~transformers.PreTrainedModel`], *optional*): The model it was pruned from, or anything else with
-            `targets(inputs)`. Needed unless `lmbda` and `logit_weight` are 0.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): The model it was pruned from, its [`StoredTargets`],
+            or anything else with `targets(inputs)`. Needed unless `lmbda` and `logit_weight` are 0.
         args ([`DistillationArguments`]): With the weights of the losses.
         **kwargs: Whatever [`MLOptTrainer`] takes.
 
@@ -52,14 +55,22 @@ class ExpertDistillationTrainer(MLOptTrainer):
 
     def __init__(self, model: PreTrainedModel, teacher=None, args: DistillationArguments | None = None, **kwargs):
         args = args or DistillationArguments()
+        if not isinstance(args, DistillationArguments):
+            raise ConfigurationError("args", type(args).__name__, "must be DistillationArguments")
         self._layers = moe_layers(model)
         require_fused(self._layers)
         self._needs_experts, self._needs_logits = args.lmbda != 0, args.logit_weight > 0
         if teacher is None and (self._needs_experts or self._needs_logits):
             raise ConfigurationError("teacher", None, "is needed unless lmbda and logit_weight are 0")
+        if teacher is model:
+            raise InputError("teacher: is the student itself, which will change; load the model a second time")
         if isinstance(teacher, PreTrainedModel):
             check_pair(model, teacher)
             teacher = ModelTeacher(teacher, self._needs_experts, self._needs_logits)
+        elif isinstance(teacher, StoredTargets):
+            if self._needs_logits:
+                raise ConfigurationError("logit_weight", args.logit_weight, "must be 0: stored targets hold no logits")
+            teacher.check(model, {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")})
         if not args.allow_dense:
             require_zeros(self._layers)
         if args.freeze_router:
@@ -71,9 +82,14 @@ class ExpertDistillationTrainer(MLOptTrainer):
         self.teacher, self.lmbda = teacher, args.lmbda
         self._means, self._eval_errors = RunningMeans(), RunningMeans()
         self._tokens_LE: torch.Tensor | None = None
+        if args.lora_rank is not None:
+            set_seed(args.seed)  # as Trainer does, but before the adapters are made
+            model = add_masked_lora(model, args.lora_rank, args.lora_alpha)
         super().__init__(model=model, args=args, **kwargs)
+        require_supported(self.accelerator.state, self.args.n_gpu)
         self._kept = KeepZerosCallback()
-        self.add_callback(self._kept)
+        if args.lora_rank is None:  # what adapters start from has zeros too, which are not to be kept
+            self.add_callback(self._kept)
         self.loss_is_scaled_for_ga = True  # every term is divided by its count over the accumulated batch
         self.model_accepts_loss_kwargs = True  # has Trainer count the predicted tokens
         self._place_teacher()
@@ -109,7 +125,8 @@ class ExpertDistillationTrainer(MLOptTrainer):
         return batches, num_items
 
     def _targets_of(self, batch) -> Targets:
-        with self.compute_loss_context_manager():
+        # As precisely as the student, whose forward accelerate wraps; FSDP casts the weights of both instead.
+        with nullcontext() if self.is_fsdp_enabled else self.accelerator.autocast():
             return self.teacher.targets(self._prepare_inputs(batch))
 
     def _tokens_of(self, batch) -> torch.Tensor:
@@ -154,16 +171,16 @@ class ExpertDistillationTrainer(MLOptTrainer):
             yield errors
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self._needs_experts:
-            return super().training_step(model, inputs, num_items_in_batch)
         # Around the backward pass too, in which gradient checkpointing runs the layers again.
-        with self._errors_of_experts(inputs) as self._errors:
-            return super().training_step(model, inputs, num_items_in_batch)
+        with self._errors_of_experts(inputs) if self._needs_experts else nullcontext({}) as self._errors:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # May be gigabytes, and Trainer keeps its batches until it has those of the next step.
+        inputs.pop(_TARGETS, None)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
-            errors = self._errors if self._needs_experts else {}
-            loss, outputs = self._loss(model, inputs, num_items_in_batch, errors, self._means)
+            loss, outputs = self._loss(model, inputs, num_items_in_batch, self._errors, self._means)
         else:
             loss, outputs = self._evaluation_loss(model, inputs)
         return (loss, outputs) if return_outputs else loss
@@ -178,6 +195,11 @@ class ExpertDistillationTrainer(MLOptTrainer):
         if self._aux_coefficient:
             inputs["output_router_logits"] = True
         outputs = model(**inputs)
+        if self._aux_coefficient and not torch.is_tensor(outputs.aux_loss):
+            logger.warning(
+                "The student gives no load-balancing loss in this version of transformers: trained without."
+            )
+            self._aux_coefficient = 0.0
         share = self._cross_entropy(model, outputs.logits, labels, num_items)
         means.add("ce", share)
         if errors:
@@ -215,7 +237,8 @@ class ExpertDistillationTrainer(MLOptTrainer):
         return self._cross_entropy(model, outputs.logits, labels), outputs
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with undisturbed(self.model):  # a DataLoader draws a seed even if nothing is shuffled
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self._eval_errors.read(self._summed)
         if sums:
             error_LE, tokens_LE = (torch.tensor(sums[name], dtype=torch.float64) for name in ("error", "tokens"))
@@ -234,7 +257,8 @@ class ExpertDistillationTrainer(MLOptTrainer):
             values[f"expert_mse_layer_{layer.index}"] = value
         if self._needs_experts:
             values |= {"expert_mse": sum(values["expert_mse"]), "lmbda": self.lmbda}
-        violations = torch.tensor(self._kept.violations(), device=self.args.device)
+        revived = self._kept.violations() if self.args.lora_rank is None else count_revived(self.model)
+        violations = torch.tensor(revived, device=self.args.device)
         return values | {"mask_violations": int(self._summed(violations))}
 
     # What `lmbda` was found to be at the first step belongs to the run.
@@ -245,7 +269,7 @@ class ExpertDistillationTrainer(MLOptTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / _STATE).is_file():
+        if self.args.lmbda is None and checkpoint is not None and (Path(checkpoint) / _STATE).is_file():
             self.lmbda = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))["lmbda"]
 
 

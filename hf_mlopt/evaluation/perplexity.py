@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_mlopt.errors import InputError
+from hf_mlopt.evaluation import processes
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class PerplexityResult:
         tokens (`int`): Predicted tokens: the first of each window has no context and is not predicted.
         windows (`int`): Number of windows.
         window (`int`): Tokens in a window.
+        stderr (`float`, *optional*): Standard error of `perplexity` from the spread between windows, to first order;
+            None for a single window.
     """
 
     perplexity: float
@@ -29,6 +32,15 @@ class PerplexityResult:
     tokens: int
     windows: int
     window: int
+    stderr: float | None = None
+
+
+def check_windows(num_tokens: int, window: int) -> None:
+    """Raises `InputError` if a text has no window of this length to predict a token in."""
+    if window < 2:
+        raise InputError(f"window={window}: must be at least 2, one token of context and one to predict")
+    if num_tokens < window:
+        raise InputError(f"the text has {num_tokens} tokens, less than one window of {window}; shorten the window")
 
 
 @torch.no_grad()
@@ -38,6 +50,7 @@ def perplexity(
     window: int,
     batch_size: int = 8,
     device: torch.device | str | None = None,
+    distributed: bool = False,
 ) -> PerplexityResult:
     """
     Perplexity over non-overlapping windows, each predicted without what stands before it; the tail is dropped.
@@ -51,42 +64,50 @@ def perplexity(
         window (`int`): Tokens in a window, at most the model's context.
         batch_size (`int`, *optional*, defaults to 8): Windows in a forward pass.
         device (`torch.device`, *optional*): Where the inputs go; by default where the model is.
+        distributed (`bool`, *optional*, defaults to `False`): Whether the processes of the default group, each of
+            which holds the whole model, share the windows. All of them must call this, and get the same result.
 
     Raises:
         InputError: If the text is shorter than one window, the window too short to predict a token, or a loss is not
             finite.
     """
-    if window < 2:
-        raise InputError(f"window={window}: must be at least 2, one token of context and one to predict")
+    check_windows(len(token_ids), window)
     num_windows = len(token_ids) // window
-    if num_windows == 0:
-        raise InputError(f"the text has {len(token_ids)} tokens, less than one window of {window}; shorten the window")
-    batches = token_ids[: num_windows * window].view(num_windows, window).split(batch_size)
-    was_training, total = model.training, 0.0
+    share = token_ids[: num_windows * window].view(num_windows, window)
+    if distributed:
+        share = share[processes.rank() :: processes.world_size()]
+    was_training, nlls = model.training, []
     model.eval()
     try:
-        with tqdm(total=num_windows, desc="perplexity", unit="window", leave=False, disable=None) as progress:
-            for batch in batches:
-                total += _summed_nll(model, batch.to(device or model.device))
-                if not math.isfinite(total):
-                    first = progress.n
-                    raise InputError(
-                        f"the loss is {total} in windows {first} to {first + len(batch) - 1}: "
-                        "weights or activations hold NaN or Inf"
-                    )
+        with tqdm(total=len(share), desc="perplexity", unit="window", leave=False, disable=None) as progress:
+            for batch in share.split(batch_size) if len(share) else ():
+                nlls += _summed_nlls(model, batch.to(device or model.device))
                 progress.update(len(batch))
+                if not all(map(math.isfinite, nlls[-len(batch) :])):
+                    break  # the other processes wait for this one
     finally:
         model.train(was_training)
-    tokens = num_windows * (window - 1)
-    nll = total / tokens
-    perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()  # inf, where `math.exp` would raise
-    return PerplexityResult(perplexity, nll, tokens, num_windows, window)
+    return _result(processes.interleaved(nlls) if distributed else nlls, num_windows, window)
 
 
-def _summed_nll(model: PreTrainedModel, batch: torch.LongTensor) -> float:
-    """Sum over the batch of the negative log-likelihood in nats; one window at a time in float32 to spare memory."""
+def _summed_nlls(model: PreTrainedModel, batch: torch.LongTensor) -> list[float]:
+    """Negative log-likelihood of each window in nats; one window at a time in float32 to spare memory."""
     logits = model(batch, use_cache=False).logits
-    return sum(
+    return [
         F.cross_entropy(scores[:-1].float(), tokens[1:], reduction="sum").item()
         for scores, tokens in zip(logits, batch, strict=True)
-    )
+    ]
+
+
+def _result(nlls: list[float], num_windows: int, window: int) -> PerplexityResult:
+    for index, value in enumerate(nlls):
+        if not math.isfinite(value):
+            raise InputError(f"the loss is {value} in window {index}: weights or activations hold NaN or Inf")
+    tokens = num_windows * (window - 1)
+    nll = math.fsum(nlls) / tokens
+    perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()  # inf, where `math.exp` would raise
+    stderr = None
+    if num_windows > 1:
+        means = torch.tensor(nlls, dtype=torch.float64) / (window - 1)
+        stderr = perplexity * (means.std() / num_windows**0.5).item()  # d exp(x) = exp(x) dx
+    return PerplexityResult(perplexity, nll, tokens, num_windows, window, stderr)

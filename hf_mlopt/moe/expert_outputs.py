@@ -65,7 +65,8 @@ def receive_expert_outputs(
     layers: list[MoELayer], receive: Receiver, instead: Mapping[int, torch.Tensor] | None = None
 ) -> Iterator[None]:
     """
-    Calls `receive(layer, index_TK, output_TKH)` at every forward pass of the given layers, which give what they gave.
+    Calls `receive(layer, index_TK, output_TKH)` at every forward pass of the given layers, which give what they gave,
+    bit for bit.
 
     The context may span a backward pass, as gradient checkpointing needs, which runs layers a second time.
 
@@ -73,7 +74,9 @@ def receive_expert_outputs(
         layers (`list[MoELayer]`): Layers with fused experts.
         receive (`Callable`): Is given the experts `[tokens, top-k]` and their outputs `[tokens, top-k, hidden]`.
         instead (`Mapping[int, torch.Tensor]`, *optional*): Per decoder layer, other experts `[tokens, k]` to hand over
-            than those the router chose. Only those that the router did not choose are computed in addition.
+            than those the router chose. Only those that the router did not choose are computed in addition; in one
+            call with the others, which may round the layer's output differently in its last bit. A second call would
+            cost a second gradient as large as the layer's weights.
 
     Raises:
         InputError: If experts are not fused, or run an implementation that cannot be observed.

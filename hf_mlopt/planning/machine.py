@@ -8,6 +8,13 @@ from pathlib import Path
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
+def own_memory() -> int:
+    """Bytes that this process has now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def available_memory() -> int:
     """Bytes that can be taken without swapping, within the limit of a container."""
     import psutil
@@ -16,8 +23,7 @@ def available_memory() -> int:
     limit = _container_limit()
     if limit is None:
         return available
-    used = psutil.Process().memory_info().rss
-    return min(available, max(limit - used, 0))
+    return min(available, max(limit - own_memory(), 0))
 
 
 def _container_limit() -> int | None:
@@ -42,11 +48,23 @@ def gpu_memory(device: str) -> int | None:
     Args:
         device (`str`): `auto`, `cpu`, `cuda` or `cuda:N`.
     """
+    return next(iter(gpu_memories(device)), None)
+
+
+def gpu_memories(device: str) -> list[int]:
+    """
+    Free bytes of all GPUs that runs could use; of `cuda:N`, of that one alone.
+
+    Args:
+        device (`str`): `auto`, `cpu`, `cuda` or `cuda:N`.
+    """
     if device == "cpu":
-        return None
+        return []
     query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=2, check=True).stdout.split()
-        return int(lines[int(device.partition(":")[2] or 0)]) << 20
+        free = [int(line) << 20 for line in lines]
+        _, named, number = device.partition(":")
+        return [free[int(number)]] if named else free
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+        return []

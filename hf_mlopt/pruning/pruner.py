@@ -99,7 +99,7 @@ class MoEPruner:
         _refuse_gathering(moe, batches)
         prefix, layers = decoder_layers(model, moe)
         if source is None:
-            _refuse_offloaded(model)
+            refuse_offloaded(model)
             check_finite_weights(model)
             device = torch.device(device) if device is not None else device_of(layers)
             source = InMemory(prefix, layers, moe, device, with_fewer_experts(model, moe, self.config))
@@ -133,18 +133,18 @@ class MoEPruner:
             hidden = None if progress and ranks.rank() == 0 else True
             return tqdm(indices, desc=what, unit="layer", initial=indices.start, total=len(layers), disable=hidden)
 
-        def first_states():
-            return _first_states(model, layers, batches, device, source, journal)
+        def begin():
+            return first_states(model, layers, batches, device, source, journal)
 
         def measure_outliers():
-            states, calls = first_states()
+            states, calls = begin()
             with closing(states):
                 return layer_sparsities(source, states, calls, self.config, partial(bar, what="measuring outliers"))
 
         sparsities = None
         if self.config.allocation == "owl":
             sparsities = journal.remembered("owl", measure_outliers) if journal is not None else measure_outliers()
-        states, calls = first_states()
+        states, calls = begin()
         with closing(states):
             return sweep(source, states, calls, self.config, bar, journal, sparsities)
 
@@ -156,8 +156,20 @@ def with_fewer_experts(model: nn.Module, moe: list[MoELayer], config: PruningCon
     return smaller_model(model, num_kept(moe[0].num_experts, config.drop_experts))
 
 
-def _first_states(model, layers, batches, device, source, journal):
-    """The states the sweep begins with, and how the layers are called."""
+def first_states(model, layers, batches, device, source, journal):
+    """
+    The states a pass over the layers begins or goes on with.
+
+    Args:
+        model (`nn.Module`), layers (`nn.ModuleList`): The model and its decoder layers; these need no weights.
+        batches (`list[torch.Tensor]`): Token ids, `[batch, length]`.
+        device (`torch.device`): Where states are, or go when they are read from disk.
+        source (`LayerSource`): Where the weights of `model` are.
+        journal (`Journal`, *optional*): Knows whether there is a run to go on with.
+
+    Returns:
+        `tuple[States, LayerCalls]`: The states, and how the layers are called.
+    """
     calls = LayerCalls()
     if not batches:
         return States(), calls
@@ -172,7 +184,8 @@ def _first_states(model, layers, batches, device, source, journal):
         return journal.first_states(embed(model, layers, batches, device, calls), shapes, device), calls
 
 
-def _refuse_offloaded(model: nn.Module) -> None:
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raises `InputError` where parameters of a model are on several devices, or not in memory."""
     meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if meta is not None or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise InputError(

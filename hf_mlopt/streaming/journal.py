@@ -44,6 +44,7 @@ class Journal:
         resume (`bool`): Whether to go on with a run that is there already.
         save_states_every (`int`): Layers between two states to go on from.
         offload (`Path`, *optional*): Directory where the states live instead of in memory; saved at every layer then.
+        report_type (`type`, *optional*, defaults to `LayerReport`): The dataclass of what is noted of a layer.
 
     With several processes each keeps its own states; the first writes everything else.
 
@@ -52,8 +53,18 @@ class Journal:
             goes on.
     """
 
-    def __init__(self, directory: Path, identity: dict, *, resume: bool, save_states_every: int, offload=None):
+    def __init__(
+        self,
+        directory: Path,
+        identity: dict,
+        *,
+        resume: bool,
+        save_states_every: int,
+        offload: Path | None = None,
+        report_type: type = LayerReport,
+    ):
         self.directory, self.every = directory, save_states_every
+        self._report_type = report_type
         self.offloaded = offload is not None
         self.checkpoint = directory / "checkpoint"
         self._syncing: Future | None = None
@@ -62,7 +73,7 @@ class Journal:
         self._lock = None
         try:
             if ranks.rank() == 0:
-                self._lock = _begin(directory, identity, resume)
+                self._lock = begin_run(directory, identity, resume)
             ranks.wait_for_all()
             # A name of its own in a directory that the user gave: several runs may share it.
             name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
@@ -73,7 +84,7 @@ class Journal:
             self.close()
             raise
 
-    def _finished(self) -> tuple[list[LayerReport], bool, int]:
+    def _finished(self) -> tuple[list, bool, int]:
         """
         Reports of the layers that need not be done again, whether nothing is left to be calibrated, and how many
         layers were ever done.
@@ -85,7 +96,7 @@ class Journal:
         # Layers since the last saved states are done again.
         while done and not (done[-1]["next"] == "complete" or self.files.path(len(done)).is_file()):
             done.pop()
-        reports = [LayerReport(**record["report"]) for record in done]
+        reports = [self._report_type(**record["report"]) for record in done]
         return reports, bool(done) and done[-1]["next"] == "complete", recorded
 
     def _layer_file(self, index: int) -> Path:
@@ -106,7 +117,7 @@ class Journal:
             return DiskStates(self.files, len(self.reports), device)
         return self.files.load(len(self.reports), device)
 
-    def record(self, index: int, report: LayerReport, states, last: bool) -> None:
+    def record(self, index: int, report, states, last: bool) -> None:
         """A layer is done: its weights are written, its outputs are in `states`."""
         following = "complete"  # what is needed to go on after this layer: nothing
         if self.writer is not None:
@@ -214,8 +225,17 @@ def write_json(path: Path, record: dict) -> None:
         raise write_error(path, error, 0) from None
 
 
-def _begin(directory: Path, identity: dict, resume: bool) -> int:
-    """Finds or makes the directory of a run; returns the lock on it."""
+def begin_run(directory: Path, identity: dict, resume: bool, parts: tuple[str, ...] = ("layers", "checkpoint")) -> int:
+    """
+    Finds or makes the directory of a run.
+
+    Args:
+        directory (`Path`), identity (`dict`), resume (`bool`): As for [`Journal`].
+        parts (`tuple[str]`): Directories in it; a run has begun when the last of them is there.
+
+    Returns:
+        `int`: The descriptor of the lock on it, to be closed.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory)
@@ -224,7 +244,7 @@ def _begin(directory: Path, identity: dict, resume: bool) -> int:
     try:
         manifest = directory / "manifest.json"
         # Without one of them a run was killed before it began or when it was complete.
-        if manifest.is_file() and (directory / "checkpoint").is_dir():
+        if manifest.is_file() and (directory / parts[-1]).is_dir():
             _refuse_other(directory, json.loads(manifest.read_text(encoding="utf-8")), identity, resume)
             return lock
         for leftover in directory.iterdir():
@@ -232,7 +252,7 @@ def _begin(directory: Path, identity: dict, resume: bool) -> int:
                 shutil.rmtree(leftover)
             elif leftover.name != "lock":
                 leftover.unlink()
-        for part in ("layers", "checkpoint"):
+        for part in parts:
             (directory / part).mkdir()
         write_json(manifest, identity)
     except BaseException:

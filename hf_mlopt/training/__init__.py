@@ -4,6 +4,7 @@ from hf_mlopt.lazy import lazy_names
 
 
 _PUBLIC = {
+    "EvaluationCallback": "hf_mlopt.training.evaluation_callback",
     "KeepZerosCallback": "hf_mlopt.training.callbacks",
     "MLOptTrainer": "hf_mlopt.training.trainer",
     "MLOptTrainingArguments": "hf_mlopt.training.arguments",

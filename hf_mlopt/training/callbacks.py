@@ -63,8 +63,8 @@ class KeepZerosCallback(TrainerCallback):
 
 def sparsity_of(parameter: torch.Tensor) -> float:
     """Fraction of zeros, over the shards of all ranks where the parameter is sharded."""
-    zeros = (parameter.detach() == 0).float().mean()
-    return (zeros.full_tensor() if isinstance(zeros, DTensor) else zeros).item()
+    zeros = (parameter.detach() == 0).sum()  # a mean of means would be wrong where shards differ in size
+    return (zeros.full_tensor() if isinstance(zeros, DTensor) else zeros).item() / max(parameter.numel(), 1)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

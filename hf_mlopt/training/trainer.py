@@ -1,8 +1,11 @@
 """One step over `Trainer`: the seams that the methods of this package share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
 from hf_mlopt.errors import ConfigurationError
@@ -62,9 +65,23 @@ class MLOptTrainer(Trainer):
         while_training = _use_cache(self.model)
         _set_use_cache(self.model, self._source_use_cache)
         try:
-            super().save_model(output_dir, _internal_call=_internal_call)
+            with nullcontext() if _internal_call else self._in_one_piece():
+                super().save_model(output_dir, _internal_call=_internal_call)
         finally:
             _set_use_cache(self.model, while_training)
+
+    @contextmanager
+    def _in_one_piece(self) -> Iterator[None]:
+        """Where FSDP writes its checkpoints in shards, `Trainer` saves a model as an empty folder."""
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        as_configured, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            plugin.state_dict_type = as_configured
 
     # Trainer calls these two on every rank, with the resolved folder, and not for `save_only_model`. `on_save` would
     # come too late: after the folder is pushed, and never for the checkpoint of a job that is being preempted.

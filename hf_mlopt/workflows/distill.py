@@ -1,12 +1,25 @@
 """`hf-mlopt distill`: a pruned checkpoint and the model it was pruned from in, a distilled checkpoint out."""
 
+import logging
+import os
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from hf_mlopt.data import CalibrationConfig
+from hf_mlopt.data import CalibrationConfig, load_calibration
 from hf_mlopt.distillation.config import LayerwiseConfig
-from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.hub import Checkpoint, check_output, resolve_checkpoint
+from hf_mlopt.workflows.loading import (
+    build_skeleton,
+    choose_device,
+    context_length,
+    launched_processes,
+    load_tokenizer,
+)
+from hf_mlopt.workflows.prune import check_states_directory, was_complete
 
+
+logger = logging.getLogger(__name__)
 
 _LEARNING_RATE = {"end-to-end": 2e-5, "layerwise": 1e-4}  # the first is the paper's
 
@@ -59,6 +72,14 @@ class DistillRecipe:
         device (`str`, *optional*, defaults to `"auto"`): `auto` is the first GPU, else the CPU.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run modeling code of the checkpoints.
         resume (`bool`, *optional*, defaults to `False`): Go on with a run that was interrupted.
+        dataset_fingerprint (`str`, *optional*): Hash of the tokens of an earlier run, as its recipe holds it. Other
+            tokens than those are warned of.
+        stream (`bool`, *optional*, defaults to `True`): Whether to read and write one decoder layer at a time,
+            layer-wise; `--no-stream` loads both models, and such a run cannot be gone on with.
+        offload_states (`str`, *optional*): Directory where the states of the windows live instead of in memory,
+            layer-wise.
+        save_states_every (`int`, *optional*, defaults to 4): Layers after which the states are saved to go on from,
+            layer-wise. Offloaded states are there after every layer.
     """
 
     student: str | None = None
@@ -95,6 +116,10 @@ class DistillRecipe:
     device: str = "auto"
     trust_remote_code: bool = False
     resume: bool = False
+    dataset_fingerprint: str | None = None
+    stream: bool = True
+    offload_states: str | None = None
+    save_states_every: int = 4
 
     def __post_init__(self):
         for name in ("student", "teacher"):
@@ -105,6 +130,7 @@ class DistillRecipe:
             ("eval_samples", 0),
             ("logging_steps", 1),
             ("save_steps", 1),
+            ("save_states_every", 1),
         ):
             if getattr(self, name) < least:
                 raise ConfigurationError(name, getattr(self, name), f"must be at least {least}")
@@ -114,6 +140,10 @@ class DistillRecipe:
             self.learning_rate = _LEARNING_RATE[self.mode]
         self.layerwise, self.windows  # noqa: B018  their own checks
         self._refuse_options_of_the_other_mode()
+        if not self.stream:
+            for name in ("resume", "offload_states"):
+                if getattr(self, name):
+                    raise ConfigurationError(name, getattr(self, name), "needs a streamed run, so not --no-stream")
 
     @property
     def layerwise(self) -> LayerwiseConfig:
@@ -128,14 +158,13 @@ class DistillRecipe:
         )
 
     def _refuse_options_of_the_other_mode(self) -> None:
-        if self.mode == "end-to-end":
-            return
-        for name in _END_TO_END_ONLY:
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise ConfigurationError(
-                    name, getattr(self, name), "belongs to --mode end-to-end; layer by layer only experts are trained"
-                )
+        names, why = {
+            "layerwise": (_END_TO_END_ONLY, "belongs to --mode end-to-end; layer by layer only experts are trained"),
+            "end-to-end": (_LAYERWISE_ONLY, "belongs to --mode layerwise; end-to-end both models are in memory"),
+        }[self.mode]
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigurationError(name, getattr(self, name), why)
 
 
 _END_TO_END_ONLY = (
@@ -152,3 +181,66 @@ _END_TO_END_ONLY = (
     "activation_checkpointing",
     "save_steps",
 )
+_LAYERWISE_ONLY = ("stream", "offload_states", "save_states_every")
+
+
+def distill_checkpoint(recipe: DistillRecipe):
+    """
+    Carries out a recipe; nothing that looks finished is written unless all of it succeeds.
+
+    Returns:
+        `tuple[DistillationReport, Path]`: What was done, and the directory written.
+
+    Raises:
+        InputError: For anything that cannot be done, before the weights are loaded wherever that can be told.
+    """
+    if not recipe.output:
+        raise ConfigurationError("output", recipe.output, "is needed, on the command line or in the recipe")
+    if recipe.mode == "layerwise" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError(
+            "mode", recipe.mode, "runs in one process, on one device; start it without accelerate launch or torchrun"
+        )
+    student = resolve_checkpoint(recipe.student, recipe.student_revision)
+    teacher = resolve_checkpoint(recipe.teacher, recipe.teacher_revision)
+    if recipe.resume and was_complete(recipe.output):
+        raise ConfigurationError("resume", True, f"the run is complete: {recipe.output} holds the checkpoint")
+    check_output(recipe.output, 0 if recipe.resume else student.weight_bytes or 0)
+    if recipe.offload_states:
+        check_states_directory(recipe.offload_states)
+    with launched_processes(recipe.device) as own_device:
+        device = own_device or choose_device(recipe.device)
+        tokenizer, config = _check_pair(recipe, student, teacher)
+        windows = _windows(recipe, tokenizer, config)
+        if recipe.mode == "layerwise":
+            from hf_mlopt.workflows.distill_layerwise import distill_layerwise_checkpoint
+
+            return distill_layerwise_checkpoint(recipe, student, teacher, tokenizer, windows, device)
+        from hf_mlopt.workflows.distill_end_to_end import distill_end_to_end
+
+        return distill_end_to_end(recipe, student, teacher, tokenizer, windows)
+
+
+def _check_pair(recipe: DistillRecipe, student: Checkpoint, teacher: Checkpoint):
+    """Refuses a teacher that does not fit; returns tokenizer and configuration of the student."""
+    from hf_mlopt.distillation.compatibility import check_pair
+
+    skeletons = [build_skeleton(checkpoint, recipe.trust_remote_code) for checkpoint in (student, teacher)]
+    check_pair(*skeletons)
+    tokenizers = [load_tokenizer(checkpoint, recipe.trust_remote_code) for checkpoint in (student, teacher)]
+    if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise InputError(
+            f"teacher={teacher.name!r}: its tokenizer has another vocabulary than that of the student, so the two "
+            "would read other text; give the model that the student was pruned from"
+        )
+    return tokenizers[0], skeletons[0].config
+
+
+def _windows(recipe: DistillRecipe, tokenizer, config):
+    """The windows to train on, then those to evaluate on."""
+    windows = load_calibration(recipe.windows, tokenizer, context_length(config))
+    if recipe.dataset_fingerprint not in (None, windows.source["fingerprint"]):
+        logger.warning(
+            f"dataset={recipe.dataset!r} gives other tokens than when this recipe was written (the text, the "
+            "tokenizer or, for the embedded text, Python has changed): so will the weights be."
+        )
+    return windows

@@ -54,8 +54,23 @@ def architecture_errors(checkpoint: Checkpoint) -> Iterator[None]:
             raise InputError(f"model={checkpoint.name!r}: {shorten(str(error), 600)}") from None
 
 
-def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """The model of a checkpoint, in the dtype it is stored in, in evaluation mode, on the CPU."""
+def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """The model of a checkpoint without weights, on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with architecture_errors(checkpoint):
+        config = AutoConfig.from_pretrained(
+            checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    checkpoint: Checkpoint, trust_remote_code: bool = False, device_map: str | None = None
+) -> "PreTrainedModel":
+    """The model of a checkpoint, in its stored dtype and evaluation mode, on the CPU or where `device_map` says."""
     from transformers import AutoModelForCausalLM
 
     with hub_errors(checkpoint.name), mismatch_errors(checkpoint.name):
@@ -64,6 +79,7 @@ def load_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "PreT
             revision=checkpoint.revision,
             dtype="auto",
             trust_remote_code=trust_remote_code,
+            device_map=device_map,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # transformers' own error does not name the tensor
         )

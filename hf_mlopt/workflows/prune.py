@@ -14,11 +14,12 @@ from hf_mlopt.data.calibration import CalibrationConfig, load_calibration
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.hub import Checkpoint, check_output, pruning_card, resolve_checkpoint, save_checkpoint
 from hf_mlopt.hub.output import unfinished_directory
+from hf_mlopt.hub.provenance import shown_name
 from hf_mlopt.planning.machine import available_memory
 from hf_mlopt.planning.memory import must_stream
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.workflows.loading import (
-    architecture_errors,
+    build_skeleton,
     choose_device,
     context_length,
     launched_processes,
@@ -106,11 +107,11 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
         if not getattr(recipe, name):
             raise ConfigurationError(name, getattr(recipe, name), "is needed, on the command line or in the recipe")
     checkpoint = resolve_checkpoint(recipe.model, recipe.revision)
-    if recipe.resume and _was_complete(recipe.output):
+    if recipe.resume and was_complete(recipe.output):
         raise ConfigurationError("resume", True, f"the run is complete: {recipe.output} holds the checkpoint")
     check_output(recipe.output, 0 if recipe.resume else checkpoint.weight_bytes or 0)
     if recipe.offload_states:
-        _check_states_directory(recipe.offload_states)
+        check_states_directory(recipe.offload_states)
     with launched_processes(recipe.device) as own_device:
         device = own_device or choose_device(recipe.device)
         skeleton = _check_architecture(checkpoint, recipe)
@@ -133,7 +134,7 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
         return report, Path(recipe.output).expanduser().resolve()
 
 
-def _was_complete(output: str) -> bool:
+def was_complete(output: str) -> bool:
     """Whether a run was killed when its checkpoint had its name; what it left beside that is removed."""
     path = Path(output).expanduser().resolve()
     unfinished = unfinished_directory(path)
@@ -143,7 +144,8 @@ def _was_complete(output: str) -> bool:
     return True
 
 
-def _check_states_directory(directory: str) -> None:
+def check_states_directory(directory: str) -> None:
+    """Raises `ConfigurationError` if states cannot be kept in a directory, which is made if it is absent."""
     path = Path(directory).expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -232,17 +234,9 @@ def documents(model, report, recipe: PruneRecipe, checkpoint: Checkpoint, evalua
 
 def _check_architecture(checkpoint: Checkpoint, recipe: PruneRecipe):
     """Builds the model without weights, refuses what cannot be pruned and returns it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from hf_mlopt.pruning import validate
 
-    with architecture_errors(checkpoint):
-        config = AutoConfig.from_pretrained(
-            checkpoint.name, revision=checkpoint.revision, trust_remote_code=recipe.trust_remote_code
-        )
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+    skeleton = build_skeleton(checkpoint, recipe.trust_remote_code)
     validate(skeleton, recipe.pruning)
     return skeleton
 
@@ -258,7 +252,7 @@ def _command(recipe: PruneRecipe) -> str:
     directories it gives only the names.
     """
     local = {name: getattr(recipe, name) for name in ("model", "calibration")}
-    shown = {name: Path(value).name if Path(value).exists() else value for name, value in local.items()}
+    shown = {name: shown_name(value) for name, value in local.items()}
     recipe = replace(recipe, **shown, calibration_fingerprint=None)
     words = ["hf-mlopt", "prune", recipe.model, "--output", "DIR"]
     for field in fields(recipe):

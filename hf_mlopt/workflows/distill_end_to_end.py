@@ -1,0 +1,161 @@
+"""The end-to-end form of `hf-mlopt distill`: student and teacher side by side in a Trainer, also in many processes."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_mlopt import __version__
+from hf_mlopt.configuration import to_dict
+from hf_mlopt.distillation import DistillationArguments, ExpertDistillationTrainer
+from hf_mlopt.distillation.report import DistillationReport
+from hf_mlopt.hub import Checkpoint, complete_checkpoint, copy_config, staged_output
+from hf_mlopt.hub.checkpoint import read_config
+from hf_mlopt.hub.output import unfinished_directory
+from hf_mlopt.moe import moe_layers
+from hf_mlopt.pruning import ranks
+from hf_mlopt.pruning.pruner import peak_memory
+from hf_mlopt.streaming.journal import begin_run
+from hf_mlopt.workflows.distill_documents import documents
+from hf_mlopt.workflows.loading import load_model
+
+
+_FORMAT = 1  # raised when the same recipe would give other weights
+# How a run is watched and where it runs, which its weights do not depend on.
+_FREE = ("output", "resume", "logging_steps", "save_steps", "device")
+
+
+def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint, tokenizer, windows):
+    """
+    Trains the student and writes it.
+
+    Args:
+        recipe (`DistillRecipe`): What to do.
+        student (`Checkpoint`), teacher (`Checkpoint`): The pruned checkpoint and the one it was pruned from.
+        tokenizer: Of the student.
+        windows (`CalibrationSet`): Windows to train on, followed by those to evaluate on.
+
+    Returns:
+        `tuple[DistillationReport, Path]`: What was done, and the directory written.
+    """
+    started = time.perf_counter()
+    output = Path(recipe.output).expanduser().resolve()
+    model = load_model(student, recipe.trust_remote_code)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    with ExitStack() as stack:
+        training = stack.enter_context(_run_directory(recipe, output, _identity(recipe, student, teacher, windows)))
+        _choose_weights(model.float(), recipe)
+        trainer = ExpertDistillationTrainer(
+            model,
+            _teacher(recipe, teacher),
+            _arguments(recipe, training),
+            train_dataset=_dataset(windows.token_ids[: recipe.samples]),
+            eval_dataset=_dataset(windows.token_ids[recipe.samples :]) if recipe.eval_samples else None,
+        )
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(training) if recipe.resume else None)
+        report = _report(recipe, trainer, windows, time.perf_counter() - started)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if ranks.rank() == 0:
+            state = {name: value.to(dtypes.get(name, value.dtype)) for name, value in state.items()}
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            _write(recipe, model, state, student, teacher, tokenizer, windows, report, output)
+            shutil.rmtree(unfinished_directory(output))
+        ranks.wait_for_all()
+    return report, output
+
+
+@contextmanager
+def _run_directory(recipe, output: Path, identity: dict) -> Iterator[str]:
+    """Where the training checkpoints of this run are; one process begins it, or goes on with it."""
+    directory, lock = unfinished_directory(output), None
+    try:
+        if ranks.rank() == 0:
+            lock = begin_run(directory, identity, recipe.resume, parts=("training",))
+        ranks.wait_for_all()
+        yield str(directory / "training")
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _identity(recipe, student: Checkpoint, teacher: Checkpoint, windows) -> dict:
+    return {
+        "format": _FORMAT,
+        "hf_mlopt": __version__,
+        "recipe": {name: value for name, value in to_dict(recipe).items() if name not in _FREE},
+        "windows": windows.source["fingerprint"],
+        "student": {"revision": student.revision, "config": read_config(student.directory)},
+        "teacher": {"revision": teacher.revision, "config": read_config(teacher.directory)},
+    }
+
+
+def _teacher(recipe, teacher: Checkpoint):
+    if recipe.lmbda == 0 and recipe.logit_weight == 0:
+        return None
+    return load_model(teacher, recipe.trust_remote_code)
+
+
+def _choose_weights(model, recipe) -> None:
+    if recipe.trained == "experts":
+        model.requires_grad_(False)
+        for layer in moe_layers(model):
+            layer.experts.requires_grad_(True)
+
+
+def _dataset(windows: torch.Tensor):
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": windows.tolist(), "labels": windows.tolist()})
+
+
+def _arguments(recipe, directory: str) -> DistillationArguments:
+    taken = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "seed", "bf16")
+    taken += ("activation_checkpointing", "logging_steps", "save_steps")
+    taken += ("lmbda", "logit_weight", "temperature", "freeze_router", "router_aux_loss", "allow_dense")
+    return DistillationArguments(
+        output_dir=directory,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_ratio,
+        eval_strategy="epoch" if recipe.eval_samples else "no",
+        eval_on_start=bool(recipe.eval_samples) and not recipe.resume,
+        save_total_limit=1,
+        use_cpu=recipe.device == "cpu",
+        ddp_find_unused_parameters=False,  # stacked experts all get a gradient
+        report_to="none",
+        **{name: getattr(recipe, name) for name in taken},
+    )
+
+
+def _report(recipe, trainer, windows, seconds: float) -> DistillationReport:
+    steps, taken = trainer.state.global_step, ("samples", "eval_samples", "epochs", "learning_rate", "lora_rank")
+    taken += ("freeze_router", "logit_weight", "temperature")
+    return DistillationReport(
+        mode=recipe.mode,
+        sequence_length=windows.token_ids.shape[1],
+        tokens=round(trainer.state.epoch * len(trainer.train_dataset)) * windows.token_ids.shape[1],
+        steps=steps,
+        trained="lora" if recipe.lora_rank else recipe.trained,
+        lmbda=trainer.lmbda,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory(trainer.args.device),
+        mask_violations=max((row.get("mask_violations", 0) for row in trainer.state.log_history), default=0),
+        loss=[row for row in trainer.state.log_history if "train_runtime" not in row],
+        **{name: getattr(recipe, name) for name in taken},
+    )
+
+
+def _write(recipe, model, state: dict, student, teacher, tokenizer, windows, report, output: Path) -> None:
+    """Writes an ordinary checkpoint; its `config.json` is the student's, whose shape has not changed."""
+    provenance, files = documents(report, recipe, student, teacher, windows)
+    with staged_output(output) as directory:
+        model.save_pretrained(directory, state_dict=state, max_shard_size="5GB")
+        copy_config(student.directory, directory)
+        complete_checkpoint(directory, tokenizer, provenance=provenance, files=files, source=student.directory)
