@@ -19,6 +19,7 @@ from tests.reference import layerwise as twin
 
 CONFIG = LayerwiseConfig(epochs=3.0, learning_rate=3e-3, batch_size=2)
 IDS = token_ids(14)
+BETA2, EPS = 0.95, 1e-15
 
 
 def pair(name="mixtral", dtype=torch.float32, **overrides):
@@ -54,18 +55,16 @@ def test_every_step_is_the_twins(H, I, E, K, N, S, B, weight_decay):
     x, index = x.view(N, S, H), index.view(N, S, K)
     expected, target = (twin.matrices(moe_layers(model)[0].experts) for model in (student, teacher))
     batches = window_batches(N, config, layer=0)
-    losses = twin.distill(target, expected, x, index, batches, 0.01, 0.3, weight_decay, 0.9, BETA2, 1e-15)
+    losses = twin.distill(target, expected, x, index, batches, 0.01, 0.3, weight_decay, 0.9, BETA2, EPS)
     report = distill(student, teacher, config, ids, eval_samples=0, logging_steps=1)
     assert report.layers[0].kept
     curve = report.layers[0].curve
     assert [row["step"] for row in curve] == list(range(1, len(batches) + 1)) and len(batches) > 3
-    torch.testing.assert_close(torch.tensor([row["mse"] for row in curve]), torch.tensor(losses), rtol=1e-3, atol=1e-9)
+    found = torch.tensor([row["mse"] for row in curve])
+    torch.testing.assert_close(found, torch.tensor(losses), rtol=1e-3, atol=1e-9)
     for found, wanted in zip(twin.matrices(moe_layers(student)[0].experts), expected, strict=True):
         for name, W in wanted.items():
             torch.testing.assert_close(found[name], W, rtol=1e-3, atol=1e-5)
-
-
-BETA2 = 0.999
 
 
 @pytest.mark.parametrize("steps, ratio", [(10, 0.3), (7, 0.0), (1, 0.0), (5, 0.99), (1, 0.5)])
@@ -116,7 +115,7 @@ def test_the_error_falls_zeros_stay_and_nothing_else_changes(name, dtype):
         if value.ndim == 3:
             assert torch.equal(value == 0, before[key] == 0), key
     assert all(torch.equal(value, original[key]) for key, value in snapshot(teacher).items())
-    assert not any(parameter.requires_grad for layer in moe_layers(student) for parameter in layer.experts.parameters())
+    assert not any(next(layer.experts.parameters()).requires_grad for layer in moe_layers(student))
     assert (report.steps, report.tokens, report.samples, report.eval_samples) == (15, 3 * 10 * 24, 10, 4)
 
 
@@ -175,6 +174,35 @@ def test_a_layer_that_got_worse_is_left_as_it_was(caplog, monkeypatch, dtype, ev
         assert layer.mse_after == layer.mse_before > 0 and layer.eval_mse_after == layer.eval_mse_before
         assert f"{layer.name}: training made the error of the experts worse" in caplog.text
     assert str(report).count("left as it was") == 2
+
+
+def test_held_out_windows_decide(monkeypatch):
+    measured = iter([2.0, 1.0, 1.0, 1.5, 2.0, 1.0, 3.0, 0.5])  # before and after: trained on, held out
+    monkeypatch.setattr(layerwise, "measure", lambda *_: next(measured))
+    student, teacher = pair()
+    before = snapshot(student)
+    worse, better = distill(student, teacher).layers
+    assert not worse.kept and (worse.mse_after, worse.eval_mse_after) == (2.0, 1.0)
+    assert better.kept and (better.mse_after, better.eval_mse_after) == (3.0, 0.5)
+    changed = [name for name, value in snapshot(student).items() if not torch.equal(value, before[name])]
+    assert changed and all(name.startswith("model.layers.1.") for name in changed)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_zeros_are_held_in_the_weights_and_in_the_moments(dtype):
+    student, _ = pair(dtype=dtype)
+    layer = moe_layers(student)[0]
+    weights = ExpertWeights(layer, weight_decay=0.0)
+    zeros = {name: parameter == 0 for name, parameter in layer.experts.named_parameters()}
+    with torch.no_grad():
+        for master in weights._masters:
+            master += 1  # as if an optimizer had moved them
+    for parameter in layer.experts.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    weights.step(0.1)
+    for (name, parameter), master in zip(layer.experts.named_parameters(), weights._masters, strict=True):
+        moment = weights._optimizer.state[master]["exp_avg"]
+        assert torch.equal(parameter == 0, zeros[name]) and torch.equal(moment == 0, zeros[name])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))

@@ -7,6 +7,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_mlopt.distillation import (
@@ -54,6 +57,14 @@ def adapted(name="mixtral", alpha=None, **overrides):
 
 def adapters(model):
     return {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
+
+
+def let_go(model):
+    """What a mask that fails would do."""
+    for module in model.modules():
+        vars(module).pop("get_delta_weight", None)  # in peft 0.19 forward passes come by here as well
+        if hasattr(module, "zeros_hook"):
+            module.zeros_hook.remove()
 
 
 def factors_of(model):
@@ -178,9 +189,7 @@ def test_a_disabled_adapter_leaves_the_pruned_model():
 def test_without_the_hook_zeros_are_revived_and_counted():
     model = adapted()
     masked = model(token_ids()).logits
-    for module in model.modules():
-        if hasattr(module, "zeros_hook"):
-            module.zeros_hook.remove()
+    let_go(model)
     zeros = sum(int(zeros.sum()) for zeros in zeros_of(pruned()))
     assert count_revived(model) == zeros  # noise changes every one
     assert not torch.equal(model(token_ids()).logits, masked)
@@ -247,11 +256,6 @@ def test_adapters_start_from_the_seed_of_the_arguments(tmp_path):
 
 
 def test_a_revived_weight_is_logged(tmp_path):
-    def let_go(model):
-        for module in model.modules():
-            if hasattr(module, "zeros_hook"):
-                module.zeros_hook.remove()
-
     student, teacher = make_pair()
     let = AtStep("on_step_begin", let_go)
     trainer = make_trainer(student, teacher, tmp_path, callbacks=[let], lora_rank=RANK)
@@ -330,6 +334,33 @@ def test_two_processes_are_one(tmp_path):
             assert torch.equal(two[key] == 0, value == 0)
 
 
+@pytest.mark.distributed
+def test_masks_hold_in_the_shards_of_fsdp(tmp_path):
+    """Weights are counted whole, on all ranks together; what could not be written back is not merged."""
+    whole = adapted()
+    logits = whole(token_ids()).logits
+
+    def run(rank):
+        model, mesh = adapted(), init_device_mesh("cpu", (2,))
+        for unit in [*model.base_model.model.model.layers, model]:
+            fully_shard(unit, mesh=mesh)
+        close = torch.allclose(model(token_ids()).logits, logits, atol=1e-5)
+        with pytest.raises(InputError, match="sharded by FSDP; gather its state dict"):
+            merge_masked_lora(model)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        held = count_revived(model)
+        let_go(model)
+        revived = count_revived(model)
+        if rank == 0:
+            gathered = add_masked_lora(pruned(), RANK)
+            gathered.load_state_dict(state)
+            close &= same(merge_masked_lora(gathered), merge_masked_lora(adapted()))
+        return [close, held, revived]
+
+    zeros = sum(int(zeros.sum()) for zeros in zeros_of(pruned()))
+    assert together(run) == [[True, 0, zeros]] * 2
+
+
 # Bad input
 
 
@@ -348,10 +379,3 @@ def test_bad_arguments_are_refused(tmp_path, settings, message):
 def test_experts_that_are_not_fused_are_refused():
     with pytest.raises(InputError, match="experts in a ModuleList cannot be distilled"):
         add_masked_lora(make_family("module_list"), RANK)
-
-
-def test_a_sharded_model_is_not_merged(monkeypatch):
-    model = adapted()
-    monkeypatch.setattr("hf_mlopt.distillation.lora.FSDPModule", torch.nn.ModuleList)  # any module of the model
-    with pytest.raises(InputError, match="sharded by FSDP; gather its state dict"):
-        merge_masked_lora(model)

@@ -15,7 +15,6 @@ from hf_mlopt.distillation import (
     ExpertDistillationTrainer,
     StoredTargets,
     store_targets,
-    stored,
 )
 from hf_mlopt.distillation.stored import plan_targets
 from hf_mlopt.distillation.teacher import ModelTeacher
@@ -169,19 +168,19 @@ def test_the_size_is_told_before_anything_is_run(tmp_path, caplog):
 # Going on
 
 
-def killed_after(count, teacher, data, directory):
-    """Stores in another process, which is killed while it writes a row."""
+def killed_at_row(count, teacher, data, directory):
+    """Stores in another process, which is killed when it has written a row that does not have its name yet."""
 
     def run(rank):
-        save, left = stored.save, [count]
+        replace, left = os.replace, [count]
 
-        def dying(tensors):
-            left[0] -= 1
+        def dying(source, target):
+            left[0] -= str(target).endswith(".safetensors")
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return save(tensors)
+            replace(source, target)
 
-        stored.save = dying
+        os.replace = dying
         store_targets(teacher, data, directory)
 
     assert together(run, world=1, group=False) == [None]
@@ -191,7 +190,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
     _, teacher = make_pair()
     directory, data = tmp_path / "targets", unpadded()
     store_targets(teacher, data, tmp_path / "straight")
-    killed_after(4, teacher, data, directory)
+    killed_at_row(4, teacher, data, directory)
     unfinished = tmp_path / ".targets.unfinished"
     assert not directory.exists() and len(files(unfinished / "targets")) == 4
 

@@ -14,12 +14,13 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from distilled import assert_same_trajectory, logs, make_pair, make_trainer, record_batches, rows, zeros_of
 from processes import together
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from hf_mlopt.moe import moe_layers
 from hf_mlopt.resources import resource_dir
-from hf_mlopt.training.callbacks import sparsity_of
+from hf_mlopt.training.callbacks import KeepZerosCallback, sparsity_of
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
@@ -47,7 +48,8 @@ def afresh(environment):
 
         def begin_as_gpu(self, *args, **kwargs):
             begin(self, *args, **kwargs)
-            self.distributed_type = DistributedType.MULTI_GPU
+            if self.distributed_type == DistributedType.MULTI_CPU:
+                self.distributed_type = DistributedType.MULTI_GPU
 
         PartialState.__init__ = begin_as_gpu
 
@@ -63,8 +65,22 @@ def weights_of(folder):
 
 
 def local_experts(model):
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     weight = model.model.layers[0].mlp.experts.down_proj
     return len(weight.to_local()) if isinstance(weight, DTensor) else len(weight)
+
+
+@torch.no_grad()
+def held_again(model):
+    """Weights that a second training would hold, after a forward pass that leaves FSDP's weights whole."""
+    model.eval()(torch.tensor([[3, 4, 5]]))
+    callback = KeepZerosCallback()
+    callback.on_train_begin(None, None, None, model=model)
+    held = sum(int(zeros.sum()) for _, zeros in callback._zeros)
+    callback.on_train_end(None, None, None)
+    return held
 
 
 def two_ranks(folder, environment, **settings):
@@ -89,6 +105,7 @@ def two_ranks(folder, environment, **settings):
             "resumed": logs(resumed),
             "student_experts": local_experts(straight.model),
             "teacher_experts": local_experts(straight.teacher.model),
+            "held_twice": held_again(straight.model),
             "sparsity": [sparsity_of(layer.experts.down_proj) for layer in moe_layers(straight.model)],
         }
 
@@ -147,6 +164,9 @@ def check_shards(tmp_path, **overrides):
     assert [answer["type"] for answer in answers] == ["FSDP"] * 2
     assert [answer["student_experts"] for answer in answers] == [2, 1] == [a["teacher_experts"] for a in answers]
     assert answers[0]["sparsity"] == answers[1]["sparsity"] == [0.5, 0.5]
+    assert sum(answer["held_twice"] for answer in answers) == sum(
+        int(z.sum()) for z in zeros_of(make_pair(**THREE)[0])
+    )
     assert_two_are_one(tmp_path, answers, one_process(tmp_path))
     assert_resumed_exactly(tmp_path, answers)
 
@@ -165,3 +185,20 @@ def test_shards_in_two_processes_are_one(tmp_path):
 )  # fmt: skip
 def test_other_settings_of_fsdp_give_the_same(tmp_path, overrides):
     check_shards(tmp_path, **overrides)
+
+
+@pytest.mark.slow
+def test_shards_in_bfloat16_hold_their_zeros(tmp_path):
+    """The recipe as it is: what is trained stays in float32, what is computed with is bfloat16."""
+    answers = two_ranks(tmp_path, environment_of("fsdp2"))
+    assert_resumed_exactly(tmp_path, answers)
+    alone = logs(one_process(tmp_path))
+    for ours, theirs in zip(answers[0]["logs"], alone, strict=True):
+        assert ours["mask_violations"] == 0
+        for name in ("loss", "expert_mse", "lmbda"):
+            assert ours[name] == pytest.approx(theirs[name], rel=0.05) and ours[name] != theirs[name]
+    final = weights_of(tmp_path / "final")
+    assert {value.dtype for value in final.values()} == {torch.float32}
+    trained, _ = make_pair(**THREE)
+    trained.load_state_dict(final)
+    assert all(map(torch.equal, zeros_of(trained), zeros_of(make_pair(**THREE)[0])))

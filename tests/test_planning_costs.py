@@ -5,15 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from hf_mlopt.hub.shards import TensorInfo
 from hf_mlopt.planning import planned_layout, read_shape, read_source
 from hf_mlopt.planning.costs import Run, count_costs
 from hf_mlopt.planning.layout import file_bytes, packed_bytes
 from hf_mlopt.planning.memory import in_memory_peak, must_stream, streamed_peak
-from hf_mlopt.planning.source import Source
 from hf_mlopt.pruning.config import PruningConfig
 from tests.command_line import save
 from tests.families import make_family
+from tests.mixtral_8x7b import source as mixtral_8x7b_source
 
 
 # The tiny Mixtral: hidden 32, 4 heads of 8, 2 of them for keys and values, experts of 64, 4 of them, top-2, 260 words.
@@ -192,34 +191,7 @@ def test_a_model_is_streamed_where_it_takes_most_of_the_memory():
 
 @pytest.fixture(scope="module")
 def mixtral_8x7b():
-    """The shapes of Mixtral-8x7B, without files."""
-    config = {
-        "model_type": "mixtral",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 32768,
-        "torch_dtype": "bfloat16",
-    }
-    tensors = {
-        "model.embed_tokens.weight": (32000, 4096),
-        "model.norm.weight": (4096,),
-        "lm_head.weight": (32000, 4096),
-    }
-    for layer in range(32):
-        prefix = f"model.layers.{layer}"
-        for name, width in (("q", 4096), ("k", 1024), ("v", 1024), ("o", 4096)):
-            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = (width, 4096)
-        for expert in range(8):
-            block = f"{prefix}.block_sparse_moe.experts.{expert}"
-            tensors |= {f"{block}.w1.weight": (14336, 4096), f"{block}.w2.weight": (4096, 14336)}
-            tensors[f"{block}.w3.weight"] = (14336, 4096)
-        tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (8, 4096)
-        tensors |= {f"{prefix}.{norm}_layernorm.weight": (4096,) for norm in ("input", "post_attention")}
-    layout = {"model.safetensors": {name: TensorInfo("BF16", shape) for name, shape in tensors.items()}}
-    source = Source("mixtral", config, layout)
+    source = mixtral_8x7b_source()
     return source, read_shape(source)
 
 

@@ -83,7 +83,7 @@ def assert_distilled(student, output):
     """Only experts differ, their zeros are where they were, and the files are those of the student."""
     before, after = weights(student), weights(output)
     assert before.keys() == after.keys()
-    assert {path.name for path in student.glob("*.safetensors*")} == {path.name for path in output.glob("*.safetensors*")}
+    assert len({frozenset(path.name for path in folder.glob("*.safetensors*")) for folder in (student, output)}) == 1
     for name, value in after.items():
         expert = ".experts." in name
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]) != expert, name
@@ -141,7 +141,7 @@ def test_what_is_written(tmp_path, work, tiny_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.hf_mlopt["method"] == "moe-pruner"
 
-    again = tmp_path / "again"
+    again = tmp_path / "again" / output.name
     succeed("distill", "--config", output / "recipe.yaml", "--output", again)
     assert files(again) == files(output)
 

@@ -75,7 +75,7 @@ def _plan_distillation(args: argparse.Namespace):
         if value is not None and value <= 0:
             raise ConfigurationError(name, value, "must be above 0")
     given = arguments_given(args, DistillRecipe) | ({"student": args.model} if hasattr(args, "model") else {})
-    if "teacher" not in given and args.config is None:
+    if args.config is None and not {"teacher", "teacher_targets"} & set(given):
         given["teacher"] = given.get("student")  # takes as much as the model that the student was pruned from
     recipe = load_config(DistillRecipe, args.config, given)
     memory = round(args.gpu_memory * 1e9) if args.gpu_memory else None

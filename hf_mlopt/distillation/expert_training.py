@@ -21,8 +21,9 @@ from hf_mlopt.moe.expert_outputs import expert_outputs
 
 Read = Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]]  # windows -> hidden_TH, index_TK
 
-# Gradients of a mean over thousands of features lie below the usual 1e-8, which would shorten every step.
-_EPS = 1e-15
+# The error falls by an order of magnitude within some hundred steps: a longer memory of the first gradients would
+# shorten all later steps. Those of a mean over thousands of features lie below the usual eps of 1e-8.
+_BETAS, _EPS = (0.9, 0.95), 1e-15
 
 
 def window_batches(num_windows: int, config: LayerwiseConfig, layer: int) -> list[list[int]]:
@@ -70,7 +71,9 @@ class ExpertWeights:
             nn.Parameter(parameter.float()) if parameter.dtype == torch.bfloat16 else parameter
             for parameter in self._parameters
         ]
-        self._optimizer = torch.optim.AdamW(self._masters, weight_decay=weight_decay, eps=_EPS, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            self._masters, betas=_BETAS, eps=_EPS, weight_decay=weight_decay, fused=True
+        )
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:

@@ -40,7 +40,8 @@ class ExpertDistillationTrainer(MLOptTrainer):
     Student and teacher each run on their own hidden states. The experts compared are those the teacher's router chose;
     cross-entropy follows the student's own routing. The error of an expert is averaged over all tokens it was sent in
     one optimizer step, whatever micro-batch and rank they were in. The load-balancing loss is the mean of those of the
-    micro-batches. `eval_loss` is cross-entropy alone.
+    micro-batches. `eval_loss` is cross-entropy alone. Rows that fill up the last evaluation batch of several processes
+    count in `eval_expert_mse`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The student.

@@ -2,80 +2,22 @@
 
 import math
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub.output import check_output
-from hf_mlopt.hub.shards import DTYPE_BYTES
 from hf_mlopt.planning.conflicts import device_conflicts
-from hf_mlopt.planning.layerwise_memory import Layerwise, disk_beside_output, layerwise_host, layerwise_peak
+from hf_mlopt.planning.layerwise_memory import disk_beside_output
 from hf_mlopt.planning.layout import file_bytes, planned_layout
 from hf_mlopt.planning.machine import available_memory, free_disk, gpu_memories, own_memory
-from hf_mlopt.planning.memory import Peak
 from hf_mlopt.planning.shape import ModelShape, read_shape
 from hf_mlopt.planning.source import Source, read_source
-from hf_mlopt.planning.training_memory import (
-    Training,
-    checkpoint_bytes,
-    end_to_end_peak,
-    host_bytes,
-    trained_weights,
-    weights_of,
-)
+from hf_mlopt.planning.training_memory import Training, checkpoint_bytes, trained_weights, weights_of
+from hf_mlopt.planning.ways import Machine, Way, all_ways, asked_way, layerwise_of, refusal, training_of
 
 
-_LORA_RANK = 16  # where the recipe names none
 _UNCERTAIN = 0.15  # a run is refused only if it does not fit by more than the plan may be wrong by
-
-
-@dataclass(frozen=True)
-class Way:
-    """
-    One way to distil a model on one machine.
-
-    Args:
-        name (`str`): Mode, and what is trained.
-        place (`str`): `CPU`, `one GPU`, `DDP on 8` or `FSDP2 on 8`.
-        gpu (`Peak`, *optional*): Memory of each GPU; None on the CPU.
-        host_bytes (`int`): Memory of the machine, of all processes on it.
-        host (`Peak`, *optional*): What that is made of, where it is known.
-        gpu_available (`int`, *optional*), host_available (`int`, *optional*): What there is, where it is known.
-    """
-
-    name: str
-    place: str
-    gpu: Peak | None
-    host_bytes: int
-    host: Peak | None
-    gpu_available: int | None
-    host_available: int | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, {self.place}"
-
-    @property
-    def peak(self) -> Peak:
-        """Where the models are: of a GPU, or of the process."""
-        return self.gpu or self.host
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether there is room; None if nothing is known of the machine."""
-        if (self.gpu_available if self.gpu is not None else self.host_available) is None:
-            return None
-        return not self.missing()
-
-    def missing(self, margin: float = 0.0) -> str:
-        """What does not fit even if the plan is too high by a share of `margin`, in words; empty if all does."""
-        rooms = [(self.host_bytes, self.host_available, "of memory")]
-        if self.gpu is not None:
-            rooms.insert(0, (self.gpu.total, self.gpu_available, "per GPU"))
-        for needed, available, where in rooms:
-            if available is not None and needed * (1 - margin) > available:
-                return f"{needed / 1e9:.1f} GB {where}, but {available / 1e9:.1f} GB are available"
-        return ""
 
 
 @dataclass(frozen=True)
@@ -120,24 +62,6 @@ class DistillationPlan:
         return as_table(self)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """
-    GPUs to train on and what they have.
-
-    Args:
-        gpus (`int`): How many; 0 for the CPU.
-        gpu_memory (`int`, *optional*): Bytes of each.
-        memory (`int`, *optional*): Bytes of the machine, where it is this one.
-        sharded (`bool`): Whether FSDP2 is meant where there are several.
-    """
-
-    gpus: int
-    gpu_memory: int | None
-    memory: int | None
-    sharded: bool = False
-
-
 def plan_distillation(
     recipe, *, gpus: int | None = None, gpu_memory: int | None = None, sharded: bool = False
 ) -> DistillationPlan:
@@ -158,7 +82,7 @@ def plan_distillation(
     source = read_source(recipe.student, recipe.student_revision)
     shape = read_shape(source)
     teacher_source = source
-    if recipe.teacher != recipe.student:
+    if recipe.teacher not in (None, recipe.student):
         teacher_source = read_source(recipe.teacher, recipe.teacher_revision)
     teacher = read_shape(teacher_source)
     found = _pair_conflicts(shape, teacher)
@@ -171,7 +95,7 @@ def plan_distillation(
     ways = all_ways(shape, teacher, recipe, length, machine)
     asked = asked_way(ways, recipe, machine)
     if missing := asked.missing():
-        found.append(_refusal(asked, missing, ways))
+        found.append(refusal(asked, missing, ways))
     disk = _disk(source, shape, teacher, recipe, length, machine)
     found += _disk_conflicts(recipe, disk, (source, teacher_source))
     return DistillationPlan(
@@ -193,14 +117,15 @@ def plan_distillation(
     )
 
 
-def check_distillation_memory(recipe, student: Path, teacher: Path, *, gpu_memory: int | None = None) -> None:
+def check_distillation_memory(recipe, student: Path, teacher: Path | None, *, gpu_memory: int | None = None) -> None:
     """
     Refuses a run that cannot fit where it was started, before any weights are loaded: in one process, or in those of
     `accelerate launch`, with FSDP2 or without.
 
     Args:
         recipe (`DistillRecipe`): What is to be done.
-        student (`Path`), teacher (`Path`): Directories of the checkpoints.
+        student (`Path`), teacher (`Path`, *optional*): Directories of the checkpoints; no teacher where what it gives
+            is on disk.
         gpu_memory (`int`, *optional*): Free bytes of this process's GPU; None if it trains on the CPU.
 
     Raises:
@@ -208,15 +133,16 @@ def check_distillation_memory(recipe, student: Path, teacher: Path, *, gpu_memor
             available memory of the machine; it names both, and a way that fits.
     """
     try:
-        shapes = [read_shape(read_source(str(directory))) for directory in (student, teacher)]
+        shapes = [read_shape(read_source(str(directory))) for directory in (student, teacher or student)]
     except InputError:
         return  # stored in a way that only loading understands: nothing is known of its size
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    sharded = _is_set("ACCELERATE_USE_FSDP")
+    added = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16", _is_set("FSDP_ACTIVATION_CHECKPOINTING")
     memory = available_memory() + own_memory()  # what it has taken already is in the plan
     if gpu_memory is not None:
-        machine = Machine(processes, gpu_memory, memory if here == processes else None, sharded)
+        machine = Machine(processes, gpu_memory, memory if here == processes else None, sharded, *added)
     elif sharded and processes > 1:
         return  # shares on CPUs are for trying things out
     else:
@@ -225,90 +151,11 @@ def check_distillation_memory(recipe, student: Path, teacher: Path, *, gpu_memor
     ways = all_ways(*shapes, recipe, length, machine)
     asked = asked_way(ways, recipe, machine)
     if missing := asked.missing(_UNCERTAIN):
-        raise InputError(_refusal(asked, missing, ways))
+        raise InputError(refusal(asked, missing, ways))
 
 
-def all_ways(shape: ModelShape, teacher: ModelShape, recipe, length: int, machine: Machine) -> list[Way]:
-    """
-    Every way to distil on a machine: layer by layer, whole, and with adapters; on the CPU, one GPU, and several.
-
-    Args:
-        shape (`ModelShape`), teacher (`ModelShape`): Student and teacher, alike but for their type.
-        recipe (`DistillRecipe`): What is to be done; its mode does not matter.
-        length (`int`): Tokens of a window, cut to the model's context.
-        machine (`Machine`): What there is.
-    """
-    run = Layerwise(
-        recipe.samples + recipe.eval_samples,
-        length,
-        recipe.batch_size,
-        recipe.stream,
-        recipe.offload_states is not None,
-        recipe.save_states_every,
-    )
-    ways = [_layerwise(shape, teacher, run, machine, on_gpu=False)]
-    if machine.gpus:
-        ways.append(_layerwise(shape, teacher, run, machine, on_gpu=True))
-    for rank in (None, recipe.lora_rank or _LORA_RANK):
-        base = _training(recipe, length, rank)
-        if not machine.gpus:
-            ways.append(_end_to_end(shape, teacher, base, machine, "CPU"))
-            continue
-        ways.append(_end_to_end(shape, teacher, base, machine, "one GPU"))
-        if machine.gpus > 1:
-            several = replace(base, processes=machine.gpus)
-            ways.append(_end_to_end(shape, teacher, several, machine, f"DDP on {machine.gpus}"))
-            shared = replace(several, sharded=True)
-            ways.append(_end_to_end(shape, teacher, shared, machine, f"FSDP2 on {machine.gpus}"))
-    return ways
-
-
-def asked_way(ways: list[Way], recipe, machine: Machine) -> Way:
-    """The one of them that a recipe and the number of GPUs amount to."""
-    name = "layerwise" if recipe.mode == "layerwise" else _name(recipe.lora_rank)
-    place = "CPU" if not machine.gpus else "one GPU"
-    if recipe.mode == "end-to-end" and machine.gpus > 1:
-        place = f"{'FSDP2' if machine.sharded else 'DDP'} on {machine.gpus}"
-    return next(way for way in ways if way.label == f"{name}, {place}")
-
-
-def _name(rank: int | None) -> str:
-    return "end-to-end" if rank is None else f"end-to-end with LoRA of rank {rank}"
-
-
-def _layerwise(shape: ModelShape, teacher: ModelShape, run: Layerwise, machine: Machine, on_gpu: bool) -> Way:
-    peak, host = layerwise_peak(shape, teacher, run), layerwise_host(shape, teacher, run)
-    if on_gpu:
-        available = machine.gpu_memory
-        whole = Peak("throughout", host)
-        return Way("layerwise", "one GPU", peak, whole.total, whole, available, machine.memory)
-    parts = {**host, "a layer on its way": 0, **peak.parts}
-    whole = Peak(peak.moment, {name: size for name, size in parts.items() if size})
-    return Way("layerwise", "CPU", None, whole.total, whole, None, machine.memory)
-
-
-def _training(recipe, length: int, rank: int | None) -> Training:
-    return Training(
-        batch_size=recipe.batch_size,
-        length=length,
-        accumulation=recipe.gradient_accumulation_steps,
-        experts=recipe.lmbda != 0,
-        logits=recipe.logit_weight > 0,
-        trained=recipe.trained,
-        lora_rank=rank,
-        bf16=recipe.bf16,
-        checkpointing=recipe.activation_checkpointing,
-    )
-
-
-def _end_to_end(shape: ModelShape, teacher: ModelShape, training: Training, machine: Machine, place: str) -> Way:
-    teacher_bytes = weights_of(teacher) * DTYPE_BYTES[teacher.dtype]
-    peak = end_to_end_peak(shape, teacher_bytes, training, accelerator=place != "CPU")
-    name = _name(training.lora_rank)
-    if place == "CPU":
-        return Way(name, place, None, peak.total, peak, None, machine.memory)
-    host = host_bytes(shape, teacher_bytes, training)
-    return Way(name, place, peak, host, None, machine.gpu_memory, machine.memory)
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")
 
 
 def _machine(device: str, gpus: int | None, gpu_memory: int | None, sharded: bool) -> Machine:
@@ -324,25 +171,6 @@ def _machine(device: str, gpus: int | None, gpu_memory: int | None, sharded: boo
     return Machine(gpus, gpu_memory, memory, sharded)
 
 
-def _refusal(asked: Way, missing: str, ways: list[Way]) -> str:
-    """What does not fit, and the ways that do."""
-    whole = " (each GPU holds all of both models)" if asked.place.startswith("DDP") else ""
-    others = [way for way in ways if way.fits and way.gpu is not None] or [way for way in ways if way.fits]
-    remedies = [f"{_how(way)} ({way.peak.total / 1e9:.1f} GB)" for way in others]
-    remedy = "; or ".join(remedies) or "lower batch_size or sequence_length, or use larger or more GPUs"
-    return f"memory: {asked.label}, needs {missing}{whole}. What fits: {remedy}"
-
-
-def _how(way: Way) -> str:
-    """How a way is asked for."""
-    words = "--mode layerwise" if way.name == "layerwise" else "--mode end-to-end"
-    if "LoRA" in way.name:
-        words += f" --lora-rank {way.name.rpartition(' ')[2]}"
-    if way.place.startswith("FSDP2"):
-        return f"{words} under accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
-    return f"{words} on {way.place}" if not way.place.startswith("DDP") else f"{words} under accelerate launch"
-
-
 def _pair_conflicts(shape: ModelShape, teacher: ModelShape) -> list[str]:
     """In what a teacher differs from its student, as `distill` refuses it."""
     sizes = [
@@ -350,7 +178,8 @@ def _pair_conflicts(shape: ModelShape, teacher: ModelShape) -> list[str]:
             "a vocabulary of": model.config.get("vocab_size"),
             "decoder layers": len(model.layers),
             "hidden size": model.hidden,
-            "experts per layer": [layer.num_experts for layer in model.layers],
+            "experts": max(layer.num_experts for layer in model.layers),
+            "layers with experts": sum(bool(layer.num_experts) for layer in model.layers),
             "experts per token": model.top_k,
         }
         for model in (shape, teacher)
@@ -362,17 +191,10 @@ def _pair_conflicts(shape: ModelShape, teacher: ModelShape) -> list[str]:
 def _disk(source: Source, shape: ModelShape, teacher: ModelShape, recipe, length: int, machine: Machine) -> dict:
     output = sum(file_bytes(planned_layout(shape, source.layout)).values())
     if recipe.mode == "layerwise":
-        run = Layerwise(
-            recipe.samples + recipe.eval_samples,
-            length,
-            recipe.batch_size,
-            recipe.stream,
-            recipe.offload_states is not None,
-            recipe.save_states_every,
-        )
+        run = layerwise_of(recipe, length)
         beside, states = disk_beside_output(teacher, run)
         return {"output": output, "beside": beside, "states": states}
-    checkpoint = checkpoint_bytes(shape, _training(recipe, length, recipe.lora_rank))
+    checkpoint = checkpoint_bytes(shape, training_of(recipe, length, recipe.lora_rank))
     # A training checkpoint is removed when the next one is there; the last one, when the output is.
     beside = max(2 * checkpoint - output, checkpoint) if _steps(recipe, machine) > recipe.save_steps else checkpoint
     return {"output": output, "beside": beside, "states": 0}

@@ -6,7 +6,8 @@ from hf_mlopt.planning.table import bytes_text, count_text
 
 
 if TYPE_CHECKING:
-    from hf_mlopt.planning.distillation import DistillationPlan, Way
+    from hf_mlopt.planning.distillation import DistillationPlan
+    from hf_mlopt.planning.ways import Way
 
 
 _VERDICTS = {True: "fits", False: "does not fit", None: ""}
@@ -46,9 +47,9 @@ def _ways(plan: "DistillationPlan") -> list[str]:
     heading = f"GB per GPU{'' if known is None else f', of {known / 1e9:.0f}'}"
     lines = [f"{'':<{wide + 5}}  {heading:>18}  {'GB of memory':>12}"]
     for number, way in enumerate(ways, 1):
-        of_gpu = f"{way.gpu.total / 1e9:.2f}" if way.gpu is not None else "-"
+        of_gpu = _gigabytes(way.gpu.total if way.gpu is not None else 0)
         mark = ">" if way.label == plan.asked else " "
-        row = f"{mark} {number}  {way.label:<{wide}}  {of_gpu:>18}  {way.host_bytes / 1e9:>12.2f}"
+        row = f"{mark} {number}  {way.label:<{wide}}  {of_gpu:>18}  {_gigabytes(way.host_bytes):>12}"
         lines.append(f"{row}  {_VERDICTS[way.fits]}".rstrip())
     return lines
 
@@ -69,7 +70,8 @@ def _parts(ways: "list[Way]") -> list[str]:
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3f}" if size else "-"
+    digits = 2 if size >= 1e9 else 3
+    return f"{size / 1e9:.{digits}f}" if size else "-"
 
 
 def _disk(plan: "DistillationPlan") -> list[str]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from hf_mlopt.hub.shards import DTYPE_BYTES
 from hf_mlopt.planning.memory import CALIBRATING, INTERPRETER, Peak
 from hf_mlopt.planning.shape import LayerShape, ModelShape
-from hf_mlopt.planning.training_memory import expert_weights, up_weights
+from hf_mlopt.planning.training_memory import KEPT_BLOCK, expert_weights, up_weights
 
 
 _FLOAT32, _INT32, _INT64 = 4, 4, 8
 _ADAMW = 8
+_VECTORS = 8  # hidden vectors per slot that a forward pass has at once beside wider activations
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,20 @@ class Layerwise:
         return min(self.batch_size, self.windows) * self.length
 
 
-def layerwise_peak(shape: ModelShape, teacher: ModelShape, run: Layerwise) -> Peak:
+def layerwise_peak(shape: ModelShape, teacher: ModelShape, run: Layerwise, *, accelerator: bool = True) -> Peak:
     """
     The highest point on the device where a layer is trained, without what the host holds in any case.
 
     Args:
         shape (`ModelShape`), teacher (`ModelShape`): Student and teacher.
         run (`Layerwise`): How the layers are trained.
+        accelerator (`bool`, *optional*, defaults to `True`): Whether that device is a GPU.
     """
     moments = [
         moment
         for layer, original in zip(shape.layers, teacher.layers, strict=True)
         if layer.num_experts
-        for moment in _moments(shape, teacher, layer, original, run)
+        for moment in _moments(shape, teacher, layer, original, run, accelerator)
     ]
     return max(moments, key=lambda peak: peak.total)
 
@@ -86,7 +88,9 @@ def disk_beside_output(teacher: ModelShape, run: Layerwise) -> tuple[int, int]:
     return min(2, saves) * state_bytes(teacher, run), 0
 
 
-def _moments(shape: ModelShape, teacher: ModelShape, layer: LayerShape, original: LayerShape, run: Layerwise):
+def _moments(
+    shape: ModelShape, teacher: ModelShape, layer: LayerShape, original: LayerShape, run: Layerwise, accelerator
+):
     width = DTYPE_BYTES[shape.dtype]
     experts = expert_weights(layer)
     masters = 0 if width == _FLOAT32 else _FLOAT32 * experts
@@ -102,35 +106,43 @@ def _moments(shape: ModelShape, teacher: ModelShape, layer: LayerShape, original
     own = _FLOAT32 if in_float32 else width  # of a gradient as the backward pass gives it
     gradients = own * experts
     # While AdamW is given float32 gradients of bfloat16 weights, one parameter has both.
-    at_step = _FLOAT32 * experts + (own * min(up_weights(layer), experts - up_weights(layer)) if own < 4 else 0)
-    kept, workspace, rest = _activations(shape, teacher, layer, run, own)
-    yield Peak(
-        f"at the beginning of a backward pass in layer {layer.index}", {**held, "activations": kept + workspace}
-    )
-    yield Peak(
-        f"at the end of a backward pass in layer {layer.index}",
-        {**held, "gradients": gradients, "activations": rest},
-    )
-    yield Peak(f"at a step of AdamW in layer {layer.index}", {**held, "gradients": at_step})
+    at_step = _FLOAT32 * experts + (own * min(up_weights(layer), experts - up_weights(layer)) if own < _FLOAT32 else 0)
+    # The gradient of the larger parameter as it is computed, before it is copied to the layout of the weights.
+    single = own * up_weights(layer)
+    activations, rest, vectors = _activations(shape, teacher, layer, run, own)
+    freed = {} if accelerator else _freed(activations, rest, vectors)
+    name = f"in layer {layer.index}"
+    yield Peak(f"in a backward pass {name}", {**held, "activations": activations, **freed.get("middle", {})})
+    last = {"gradients": gradients, "activations": rest, "workspace": single, **freed.get("end", {})}
+    yield Peak(f"at the end of a backward pass {name}", {**held, **last})
+    yield Peak(f"at a step of AdamW {name}", {**held, "gradients": at_step})
 
 
 def _activations(shape: ModelShape, teacher: ModelShape, layer: LayerShape, run: Layerwise, width: int):
     """
-    What the forward pass of the experts keeps, what the loss and the first products of the backward pass take beside
-    it, and what is left of both at the last product.
+    Bytes of activations and their gradients where they are most, in the gate of the experts or at the loss; of what is
+    left at the last product; and of one hidden vector for every slot.
     """
     slots, hidden, inner = run.tokens * shape.top_k, shape.hidden, layer.intermediate
     up = sum(matrix.outputs * matrix.experts for matrix in layer.experts if matrix.reads == "hidden")
     up //= layer.num_experts
-    inputs = run.tokens * (hidden * DTYPE_BYTES[teacher.dtype] + shape.top_k * (_INT64 + _INT32))
-    # The gathered input, gate and up, the activation and its product; differences, to be squared.
-    kept = slots * (hidden + up + 2 * inner) * width + slots * hidden * _FLOAT32
-    # Outputs of both, their float32 copies, the squares; or gradients of the error, the output and the product.
     targets = DTYPE_BYTES[teacher.dtype]
-    copies = _FLOAT32 * (1 + (width < _FLOAT32) + (targets < _FLOAT32))
-    loss = slots * hidden * (width + targets + copies)
-    backward = slots * (hidden * (2 * _FLOAT32 + 2 * width) + inner * width)
-    return inputs + kept, max(loss, backward), inputs + slots * (hidden + 2 * up) * width
+    inputs = run.tokens * (hidden * targets + shape.top_k * (_INT64 + _INT32))
+    # The gathered input, gate and up, the activation and its product; outputs of both, their float32 copies, the
+    # difference and its square.
+    copies = _FLOAT32 * (2 + (width < _FLOAT32) + (targets < _FLOAT32))
+    loss = (hidden + up + 2 * inner) * width + hidden * (width + targets + copies)
+    # The gathered input, gate and up, the activation; gradients of the product, of its two factors, of gate and up.
+    gate = (hidden + 2 * up + 4 * inner) * width
+    return inputs + slots * max(loss, gate), inputs + slots * (hidden + 2 * up) * width, slots * hidden * width
+
+
+def _freed(activations: int, rest: int, vectors: int) -> dict[str, dict[str, int]]:
+    """On a CPU, what of freed activations stays with the process: all of them, or only the narrow ones."""
+    if activations - rest < KEPT_BLOCK:
+        return {"end": {"freed activations": activations - rest}}
+    kept = _VECTORS * vectors if vectors < KEPT_BLOCK else 0
+    return {"middle": {"freed activations": kept}, "end": {"freed activations": kept}}
 
 
 def _input_bytes(teacher: ModelShape, run: Layerwise) -> int:

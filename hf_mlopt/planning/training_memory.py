@@ -19,8 +19,10 @@ from hf_mlopt.planning.shape import LayerShape, ModelShape
 TRAINER = 150_000_000  # peft, accelerate, the threads of a backward pass: beside what a sweep takes
 _FLOAT32, _BFLOAT16, _INDEX = 4, 2, 8
 _ADAMW = 8  # two float32 moments
-_REROUTED = 0.1  # of the slots: experts that the teacher chose and the student did not, whose outputs come in addition
+_REROUTED = 0.25  # of the slots: experts that the teacher chose and the student did not, which come in addition
 _NORMS = 6  # hidden vectors that the two norms of a layer keep: input, scaled and weighted
+# On a CPU, freed blocks below this stay with the process: glibc keeps them for later ones of their size.
+KEPT_BLOCK = 32 << 20
 # Copies of a layer that FSDP2 has made whole: its weights, those of the next and the buffer they arrive in; its
 # gradients and the buffer they leave in.
 _GATHERED_WEIGHTS, _GATHERED_GRADIENTS = 3, 2
@@ -39,6 +41,7 @@ class Training:
         lora_rank (`int`, *optional*): Adapters of this rank on the experts are trained instead.
         bf16 (`bool`): Whether matrix products are computed in bfloat16.
         checkpointing (`bool`): Whether activations are computed a second time instead of being kept.
+        teacher_on_disk (`bool`): What the teacher gives is read from disk, and there is none in memory.
         processes (`int`): GPUs that train together.
         sharded (`bool`): FSDP2: each holds a share of both models. Otherwise each holds all (DDP).
     """
@@ -52,6 +55,7 @@ class Training:
     lora_rank: int | None = None
     bf16: bool = False
     checkpointing: bool = False
+    teacher_on_disk: bool = False
     processes: int = 1
     sharded: bool = False
 
@@ -61,25 +65,12 @@ class Training:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.experts or self.logits
+        return (self.experts or self.logits) and not self.teacher_on_disk
 
     @property
     def shares(self) -> int:
         """Parts that the weights are divided into."""
         return self.processes if self.sharded else 1
-
-    @property
-    def dense_bytes(self) -> int:
-        """Of an activation outside the experts."""
-        return _BFLOAT16 if self.bf16 else _FLOAT32
-
-    @property
-    def expert_bytes(self) -> int:
-        """
-        Of an activation inside the experts. Autocast leaves grouped products in the type of their weights, float32;
-        FSDP2 casts the weights.
-        """
-        return _BFLOAT16 if self.bf16 and self.sharded else _FLOAT32
 
 
 def weights_of(shape: ModelShape) -> int:
@@ -107,6 +98,12 @@ def trained_weights(shape: ModelShape, training: Training) -> int:
     return weights_of(shape)
 
 
+def student_bytes(shape: ModelShape, training: Training) -> int:
+    """Of one weight of the student: float32, but frozen ones stay as they are stored where they are not sharded."""
+    frozen = training.lora_rank is not None and not training.sharded
+    return DTYPE_BYTES[shape.dtype] if frozen else _FLOAT32
+
+
 def masked_weights(shape: ModelShape, training: Training) -> int:
     """Weights with a byte that says whether they are held at zero; of pruned adapters the base model says it."""
     if training.lora_rank is not None:
@@ -130,7 +127,7 @@ def end_to_end_peak(shape: ModelShape, teacher: int, training: Training, *, acce
     weights, trained = weights_of(shape), trained_weights(shape, training)
     held = {} if accelerator else {"interpreter": INTERPRETER + CALIBRATING + TRAINER}
     held |= {
-        "student": _share(_FLOAT32 * weights, training),
+        "student": _share(student_bytes(shape, training) * weights, training),
         "teacher": _share(teacher, training) if training.needs_teacher else 0,
         "AdamW": _share(_ADAMW * trained, training),
         "masks": _share(masked_weights(shape, training), training),
@@ -152,6 +149,7 @@ def end_to_end_peak(shape: ModelShape, teacher: int, training: Training, *, acce
                 "targets": training.accumulation * targets,
                 "gradients": gradients,
                 "workspace": single + last * training.checkpointing,
+                "freed activations": 0 if accelerator else _freed_activations(shape, training.tokens, kept),
             },
         ),
     ]
@@ -160,21 +158,28 @@ def end_to_end_peak(shape: ModelShape, teacher: int, training: Training, *, acce
         moments.append(Peak("computing the loss of a further micro-batch", {**beginning, "logits": logits}))
         moments.append(Peak("at the beginning of a further backward pass", {**beginning, "workspace": last + single}))
     if not training.sharded:
-        moments.append(Peak("writing the result", {**held, "result": _result(shape)}))
+        moments.append(Peak("writing the result", {**held, "result": _result(shape, training)}))
     return max(moments, key=lambda peak: peak.total)
+
+
+def _freed_activations(shape: ModelShape, tokens: int, kept: int) -> int:
+    """What a process on the CPU still has of activations that are freed, where they are small blocks."""
+    widest = max((matrix.inputs for layer in shape.layers for matrix in layer.experts), default=0)
+    return kept if tokens * shape.top_k * widest * _FLOAT32 < KEPT_BLOCK else 0
 
 
 def host_bytes(shape: ModelShape, teacher: int, training: Training) -> int:
     """
     Memory of the machine that all processes on it take together when they train on its GPUs. Under FSDP2 with
-    `cpu_ram_efficient_loading` and full state dicts the first process alone loads, and collects what is saved.
+    `cpu_ram_efficient_loading` the first process alone loads, and collects the result.
     """
     processes = training.processes * (INTERPRETER + CALIBRATING + TRAINER)
-    loaded = _FLOAT32 * weights_of(shape) + (teacher if training.needs_teacher else 0)
+    loaded = student_bytes(shape, training) * weights_of(shape) + (teacher if training.needs_teacher else 0)
     if not training.sharded:
         return processes + training.processes * loaded
-    saved = _FLOAT32 * weights_of(shape) + DTYPE_BYTES[shape.dtype] * weights_of(shape)
-    return processes + max(loaded, _ADAMW * trained_weights(shape, training), saved)
+    merging = _FLOAT32 if training.lora_rank is not None else 0  # adapters are merged into a second copy
+    result = (_FLOAT32 + merging + DTYPE_BYTES[shape.dtype]) * weights_of(shape)
+    return processes + max(loaded, result)
 
 
 def checkpoint_bytes(shape: ModelShape, training: Training) -> int:
@@ -201,7 +206,7 @@ def _targets(shape: ModelShape, teacher_width: float, training: Training) -> int
     layers = sum(bool(layer.num_experts) for layer in shape.layers)
     slots = training.tokens * shape.top_k
     outputs = layers * slots * (shape.hidden * width + _INDEX) if training.experts else 0
-    return outputs + (training.tokens * _vocabulary(shape) * training.dense_bytes if training.logits else 0)
+    return outputs + (training.tokens * _vocabulary(shape) * _dense_bytes(shape, training) if training.logits else 0)
 
 
 def _activations(shape: ModelShape, training: Training) -> tuple[int, int]:
@@ -216,23 +221,36 @@ def _activations(shape: ModelShape, training: Training) -> tuple[int, int]:
 def _layer_activations(shape: ModelShape, layer: LayerShape, training: Training) -> int:
     tokens, slots, hidden = training.tokens, _slots(shape, training), shape.hidden
     size = _NORMS * tokens * hidden * _FLOAT32
-    size += 2 * tokens * sum(matrix.outputs for matrix in layer.linears) * training.dense_bytes
+    size += 2 * tokens * sum(matrix.outputs for matrix in layer.linears) * _dense_bytes(shape, training)
     if layer.num_experts:
         # The gathered input, gate and up, the activation and its product, and the output that the router weighs.
         width = 2 * hidden + _up_width(layer) + 2 * layer.intermediate
-        size += slots * width * training.expert_bytes
+        size += slots * width * _expert_bytes(shape, training)
         size += tokens * shape.top_k * hidden * _FLOAT32 if training.experts else 0  # differences, to be squared
         if training.lora_rank is not None:  # W + B A and where W is zero
-            size += expert_weights(layer) * (training.expert_bytes + 1)
+            size += expert_weights(layer) * (_expert_bytes(shape, training) + 1)
     return size
 
 
 def _layer_workspace(shape: ModelShape, layer: LayerShape, training: Training) -> int:
-    """Gradients of activations."""
+    """Gradients of activations where they are most, in the gate: of the product, its two factors, gate and up."""
     if not layer.num_experts:
-        return 2 * training.tokens * sum(matrix.outputs for matrix in layer.linears) * training.dense_bytes
+        return 2 * training.tokens * sum(matrix.outputs for matrix in layer.linears) * _dense_bytes(shape, training)
     slots = _slots(shape, training)
-    return slots * (2 * shape.hidden + _up_width(layer) + layer.intermediate) * training.expert_bytes
+    return slots * (_up_width(layer) + 3 * layer.intermediate) * _expert_bytes(shape, training)
+
+
+def _expert_bytes(shape: ModelShape, training: Training) -> int:
+    """
+    Of an activation inside the experts. Autocast leaves grouped products in the type of their weights; FSDP2 casts the
+    weights.
+    """
+    return _BFLOAT16 if training.bf16 and training.sharded else student_bytes(shape, training)
+
+
+def _dense_bytes(shape: ModelShape, training: Training) -> int:
+    """Of an activation outside the experts."""
+    return _BFLOAT16 if training.bf16 else student_bytes(shape, training)
 
 
 def _up_width(layer: LayerShape) -> int:
@@ -249,7 +267,7 @@ def _single_gradients(shape: ModelShape, training: Training) -> int:
     """The gradient of the largest parameter before it is kept, and its copy with zeros where they are held."""
     if training.sharded:
         return 0  # of gathered layers, and masked in place
-    return 2 * _FLOAT32 * max(up_weights(layer) for layer in shape.layers)
+    return 2 * student_bytes(shape, training) * max(up_weights(layer) for layer in shape.layers)
 
 
 def _logits(shape: ModelShape, training: Training) -> int:
@@ -271,7 +289,7 @@ def _gathered(shape: ModelShape, training: Training) -> int:
     return (copies * layer + head) * (_BFLOAT16 if training.bf16 else _FLOAT32)
 
 
-def _result(shape: ModelShape) -> int:
+def _result(shape: ModelShape, training: Training) -> int:
     """Weights in the type they are stored in, and gate and up projections that are split for files by expert."""
     width = DTYPE_BYTES[shape.dtype]
     split = sum(
@@ -280,4 +298,4 @@ def _result(shape: ModelShape) -> int:
         for matrix in layer.experts
         if matrix.experts == 1 and matrix.reads == "hidden"
     )
-    return (weights_of(shape) if width != _FLOAT32 else 0) * width + split * width
+    return (weights_of(shape) if width != student_bytes(shape, training) else 0) * width + split * width

@@ -1,6 +1,7 @@
 """Callbacks shared by several methods."""
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -33,6 +34,9 @@ class KeepZerosCallback(TrainerCallback):
     @torch.no_grad()
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._forget()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # a forward pass may have left whole weights, which are thrown away
+                module.reshard()
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() >= 2:
                 if self.min_sparsity <= sparsity_of(parameter) < 1:

@@ -14,6 +14,7 @@ from hf_mlopt.workflows.loading import (
     choose_device,
     context_length,
     launched_processes,
+    load_model,
     load_tokenizer,
 )
 from hf_mlopt.workflows.prune import check_states_directory, was_complete
@@ -80,6 +81,9 @@ class DistillRecipe:
             layer-wise.
         save_states_every (`int`, *optional*, defaults to 4): Layers after which the states are saved to go on from,
             layer-wise. Offloaded states are there after every layer.
+        store_targets (`str`, *optional*): Directory to write what the teacher's experts make of all windows to, once;
+            nothing is trained.
+        teacher_targets (`str`, *optional*): Such a directory, to train from in place of a teacher, end-to-end.
     """
 
     student: str | None = None
@@ -120,10 +124,12 @@ class DistillRecipe:
     stream: bool = True
     offload_states: str | None = None
     save_states_every: int = 4
+    store_targets: str | None = None
+    teacher_targets: str | None = None
 
     def __post_init__(self):
         for name in ("student", "teacher"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "teacher" and self.teacher_targets):
                 raise ConfigurationError(name, getattr(self, name), "is needed, on the command line or in the recipe")
         for name, least in (
             ("gradient_accumulation_steps", 1),
@@ -180,6 +186,8 @@ _END_TO_END_ONLY = (
     "bf16",
     "activation_checkpointing",
     "save_steps",
+    "store_targets",
+    "teacher_targets",
 )
 _LAYERWISE_ONLY = ("stream", "offload_states", "save_states_every")
 
@@ -201,7 +209,7 @@ def distill_checkpoint(recipe: DistillRecipe):
             "mode", recipe.mode, "runs in one process, on one device; start it without accelerate launch or torchrun"
         )
     student = resolve_checkpoint(recipe.student, recipe.student_revision)
-    teacher = resolve_checkpoint(recipe.teacher, recipe.teacher_revision)
+    teacher = resolve_checkpoint(recipe.teacher, recipe.teacher_revision) if recipe.teacher else None
     if recipe.resume and was_complete(recipe.output):
         raise ConfigurationError("resume", True, f"the run is complete: {recipe.output} holds the checkpoint")
     check_output(recipe.output, 0 if recipe.resume else student.weight_bytes or 0)
@@ -209,21 +217,52 @@ def distill_checkpoint(recipe: DistillRecipe):
         check_states_directory(recipe.offload_states)
     with launched_processes(recipe.device) as own_device:
         device = own_device or choose_device(recipe.device)
-        tokenizer, config = _check_pair(recipe, student, teacher)
-        windows = _windows(recipe, tokenizer, config)
+        tokenizer, skeleton = _check_pair(recipe, student, teacher)
+        windows = _windows(recipe, tokenizer, skeleton.config)
         if recipe.mode == "layerwise":
             from hf_mlopt.workflows.distill_layerwise import distill_layerwise_checkpoint
 
             return distill_layerwise_checkpoint(recipe, student, teacher, tokenizer, windows, device)
         from hf_mlopt.workflows.distill_end_to_end import distill_end_to_end
 
-        return distill_end_to_end(recipe, student, teacher, tokenizer, windows)
+        return distill_end_to_end(recipe, student, teacher, tokenizer, windows, skeleton)
 
 
-def _check_pair(recipe: DistillRecipe, student: Checkpoint, teacher: Checkpoint):
-    """Refuses a teacher that does not fit; returns tokenizer and configuration of the student."""
+def store_targets(recipe: DistillRecipe) -> None:
+    """
+    Runs the teacher of a recipe over its windows and keeps what its experts give, in `recipe.store_targets`.
+
+    Raises:
+        InputError: As [`distill_checkpoint`] does, and if the disk is too small.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("store_targets", recipe.store_targets, "is done by one process")
+    from hf_mlopt.distillation import stored
+    from hf_mlopt.workflows.distill_end_to_end import window_dataset
+
+    student = resolve_checkpoint(recipe.student, recipe.student_revision)
+    teacher = resolve_checkpoint(recipe.teacher, recipe.teacher_revision)
+    tokenizer, skeleton = _check_pair(recipe, student, teacher)
+    dataset = window_dataset(_windows(recipe, tokenizer, skeleton.config).token_ids)
+    model = build_skeleton(teacher, recipe.trust_remote_code)
+    settings = {"dtype": _stored_dtype(model), "resume": recipe.resume}
+    logger.info(stored.plan_targets(model, dataset, recipe.store_targets, **settings))
+    model = load_model(teacher, recipe.trust_remote_code).to(choose_device(recipe.device))
+    stored.store_targets(model, dataset, recipe.store_targets, revision=teacher.revision, **settings)
+
+
+def _stored_dtype(model) -> str:
+    dtype = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
+    return dtype if dtype == "float32" else "bfloat16"
+
+
+def _check_pair(recipe: DistillRecipe, student: Checkpoint, teacher: Checkpoint | None):
+    """Refuses a teacher that does not fit; returns tokenizer and skeleton of the student."""
     from hf_mlopt.distillation.compatibility import check_pair
 
+    if teacher is None:
+        skeleton = build_skeleton(student, recipe.trust_remote_code)
+        return load_tokenizer(student, recipe.trust_remote_code), skeleton
     skeletons = [build_skeleton(checkpoint, recipe.trust_remote_code) for checkpoint in (student, teacher)]
     check_pair(*skeletons)
     tokenizers = [load_tokenizer(checkpoint, recipe.trust_remote_code) for checkpoint in (student, teacher)]
@@ -232,7 +271,7 @@ def _check_pair(recipe: DistillRecipe, student: Checkpoint, teacher: Checkpoint)
             f"teacher={teacher.name!r}: its tokenizer has another vocabulary than that of the student, so the two "
             "would read other text; give the model that the student was pruned from"
         )
-    return tokenizers[0], skeletons[0].config
+    return tokenizers[0], skeletons[0]
 
 
 def _windows(recipe: DistillRecipe, tokenizer, config):

@@ -16,19 +16,22 @@ from hf_mlopt.workflows.prune import calibration_record
 
 
 _PRUNING_REPORT = "pruning_report.json"
-_NOT_TYPED = ("student", "teacher", "output", "dataset_fingerprint")
+_NOT_TYPED = ("student", "output", "dataset_fingerprint")
 # How it was run on this machine does not change the weights.
 _OF_THE_MACHINE = ("output", "resume", "stream", "offload_states", "save_states_every", "save_steps")
 
 
-def documents(report, recipe, student: Checkpoint, teacher: Checkpoint, windows, evaluation=None) -> tuple[dict, dict]:
+def documents(
+    report, recipe, student: Checkpoint, teacher: Checkpoint | None, windows, evaluation=None
+) -> tuple[dict, dict]:
     """
     What goes into a distilled checkpoint beside the weights.
 
     Args:
         report (`DistillationReport`): What was done; is told where everything came from.
         recipe (`DistillRecipe`): What was asked for.
-        student (`Checkpoint`), teacher (`Checkpoint`): What was trained, and by what.
+        student (`Checkpoint`), teacher (`Checkpoint`, *optional*): What was trained, and by what; a report whose
+            targets were stored names the teacher already.
         windows (`CalibrationSet`): The tokens.
         evaluation (`list[dict]`, *optional*): Perplexities measured in this run, for report and card.
 
@@ -39,7 +42,9 @@ def documents(report, recipe, student: Checkpoint, teacher: Checkpoint, windows,
     from hf_mlopt.distillation.plot import plot_distillation
 
     report.environment = environment()
-    report.student, report.teacher = _source(student), _source(teacher)
+    report.student = _source(student)
+    if teacher is not None:
+        report.teacher = _source(teacher)
     report.dataset = calibration_record(windows)
     record = report.to_dict() | ({"evaluation": evaluation} if evaluation else {})
     pruning = pruning_report(student)
@@ -47,7 +52,7 @@ def documents(report, recipe, student: Checkpoint, teacher: Checkpoint, windows,
         recipe,
         **{name: type(recipe).__dataclass_fields__[name].default for name in _OF_THE_MACHINE},
         student_revision=recipe.student_revision or student.revision,
-        teacher_revision=recipe.teacher_revision or teacher.revision,
+        teacher_revision=recipe.teacher_revision or (teacher and teacher.revision),
         dataset_fingerprint=windows.source["fingerprint"],
     )
     name = Path(recipe.output).resolve().name
@@ -94,9 +99,9 @@ def _command(recipe) -> str:
     The command line that repeats a recipe; fields at their defaults are left out. It goes into a card, so of files and
     directories it gives only the names.
     """
-    local = {name: getattr(recipe, name) for name in ("student", "teacher", "dataset")}
-    shown = {name: shown_name(value) for name, value in local.items()}
-    words = ["hf-mlopt", "distill", shown["student"], "--teacher", shown["teacher"], "--output", "DIR"]
+    local = {name: getattr(recipe, name) for name in ("student", "teacher", "dataset", "teacher_targets")}
+    shown = {name: value and shown_name(value) for name, value in local.items()}
+    words = ["hf-mlopt", "distill", shown["student"], "--output", "DIR"]
     for field in fields(recipe):
         value = shown.get(field.name, getattr(recipe, field.name))
         if field.name in _NOT_TYPED or value == field.default:

@@ -12,7 +12,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mlopt import __version__
 from hf_mlopt.configuration import to_dict
-from hf_mlopt.distillation import DistillationArguments, ExpertDistillationTrainer
+from hf_mlopt.distillation import DistillationArguments, ExpertDistillationTrainer, StoredTargets
+from hf_mlopt.distillation.lora import add_masked_lora, merge_masked_lora
 from hf_mlopt.distillation.report import DistillationReport
 from hf_mlopt.hub import Checkpoint, complete_checkpoint, copy_config, staged_output
 from hf_mlopt.hub.checkpoint import read_config
@@ -30,14 +31,15 @@ _FORMAT = 1  # raised when the same recipe would give other weights
 _FREE = ("output", "resume", "logging_steps", "save_steps", "device")
 
 
-def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint, tokenizer, windows):
+def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, tokenizer, windows, skeleton):
     """
     Trains the student and writes it.
 
     Args:
         recipe (`DistillRecipe`): What to do.
-        student (`Checkpoint`), teacher (`Checkpoint`): The pruned checkpoint and the one it was pruned from.
-        tokenizer: Of the student.
+        student (`Checkpoint`), teacher (`Checkpoint`, *optional*): The pruned checkpoint and the one it was pruned
+            from; None with stored targets.
+        tokenizer, skeleton: Of the student.
         windows (`CalibrationSet`): Windows to train on, followed by those to evaluate on.
 
     Returns:
@@ -45,24 +47,35 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint, tokeniz
     """
     started = time.perf_counter()
     output = Path(recipe.output).expanduser().resolve()
+    train_dataset = window_dataset(windows.token_ids[: recipe.samples])
+    eval_dataset = window_dataset(windows.token_ids[recipe.samples :]) if recipe.eval_samples else None
+    stored = None
+    if recipe.teacher_targets:
+        stored = StoredTargets(recipe.teacher_targets)
+        stored.check(skeleton, {"samples": train_dataset, "eval_samples": eval_dataset})
     model = load_model(student, recipe.trust_remote_code)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     with ExitStack() as stack:
-        training = stack.enter_context(_run_directory(recipe, output, _identity(recipe, student, teacher, windows)))
-        _choose_weights(model.float(), recipe)
+        identity = _identity(recipe, student, teacher, stored, windows)
+        training = stack.enter_context(_run_directory(recipe, output, identity))
+        _choose_weights(model, recipe)
         trainer = ExpertDistillationTrainer(
             model,
-            _teacher(recipe, teacher),
+            stored or _teacher(recipe, teacher),
             _arguments(recipe, training),
-            train_dataset=_dataset(windows.token_ids[: recipe.samples]),
-            eval_dataset=_dataset(windows.token_ids[recipe.samples :]) if recipe.eval_samples else None,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
         )
         trainer.train(resume_from_checkpoint=get_last_checkpoint(training) if recipe.resume else None)
         report = _report(recipe, trainer, windows, time.perf_counter() - started)
+        if stored is not None:
+            report.teacher = {name: stored.manifest["teacher"][name] for name in ("source", "revision")}
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if ranks.rank() == 0:
-            state = {name: value.to(dtypes.get(name, value.dtype)) for name, value in state.items()}
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            if recipe.lora_rank:
+                model, state = _merged(recipe, model, state, student)
+            state = {name: value.to(dtypes.get(name, value.dtype)) for name, value in state.items()}
             _write(recipe, model, state, student, teacher, tokenizer, windows, report, output)
             shutil.rmtree(unfinished_directory(output))
         ranks.wait_for_all()
@@ -83,14 +96,15 @@ def _run_directory(recipe, output: Path, identity: dict) -> Iterator[str]:
             os.close(lock)
 
 
-def _identity(recipe, student: Checkpoint, teacher: Checkpoint, windows) -> dict:
+def _identity(recipe, student: Checkpoint, teacher: Checkpoint | None, stored, windows) -> dict:
     return {
         "format": _FORMAT,
         "hf_mlopt": __version__,
         "recipe": {name: value for name, value in to_dict(recipe).items() if name not in _FREE},
         "windows": windows.source["fingerprint"],
         "student": {"revision": student.revision, "config": read_config(student.directory)},
-        "teacher": {"revision": teacher.revision, "config": read_config(teacher.directory)},
+        "teacher": teacher and {"revision": teacher.revision, "config": read_config(teacher.directory)},
+        "targets": stored and {name: stored.manifest[name] for name in ("fingerprint", "teacher")},
     }
 
 
@@ -101,13 +115,31 @@ def _teacher(recipe, teacher: Checkpoint):
 
 
 def _choose_weights(model, recipe) -> None:
+    """Which weights are trained, in float32: a step is often smaller than half of what bfloat16 resolves."""
+    if not recipe.lora_rank or _is_sharded():  # frozen weights need no more than they have
+        model.float()
     if recipe.trained == "experts":
         model.requires_grad_(False)
         for layer in moe_layers(model):
             layer.experts.requires_grad_(True)
 
 
-def _dataset(windows: torch.Tensor):
+def _is_sharded() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def _merged(recipe, model, state: dict, student: Checkpoint):
+    """The student with its adapters merged, and its weights."""
+    if _is_sharded():  # merging needs whole weights
+        whole = add_masked_lora(load_model(student, recipe.trust_remote_code).float(), recipe.lora_rank)
+        whole.load_state_dict(state)
+        model = whole
+    merged = merge_masked_lora(model)
+    return merged, merged.state_dict()
+
+
+def window_dataset(windows: torch.Tensor):
+    """Windows of token ids, `[windows, length]`, as rows that a Trainer takes."""
     from datasets import Dataset
 
     return Dataset.from_dict({"input_ids": windows.tolist(), "labels": windows.tolist()})
@@ -115,7 +147,7 @@ def _dataset(windows: torch.Tensor):
 
 def _arguments(recipe, directory: str) -> DistillationArguments:
     taken = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "seed", "bf16")
-    taken += ("activation_checkpointing", "logging_steps", "save_steps")
+    taken += ("activation_checkpointing", "logging_steps", "save_steps", "lora_rank")
     taken += ("lmbda", "logit_weight", "temperature", "freeze_router", "router_aux_loss", "allow_dense")
     return DistillationArguments(
         output_dir=directory,

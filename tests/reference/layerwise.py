@@ -1,9 +1,10 @@
-"""
-Layer-wise distillation of one Mixtral layer in float64 and plain loops, with AdamW written out. Shares no code with the
-library.
+r"""
+Layer-wise distillation of one Mixtral layer in float64 and plain loops, with AdamW written out. Shares no code with
+the library.
 
 x[w][t]: input of the experts for token t of window w. I[w][t]: experts that the teacher's router chose for it.
-E_e(x) = W2 (silu(W1 x) * W3 x). Gradients are those of L = \\sum_e 1/(n_e H) \\sum_t ||E_e,teacher(x) - E_e,student(x)||^2.
+E_e(x) = W2 (silu(W1 x) * W3 x). Gradients are those of
+L = \sum_e 1 / (n_e H) \sum_t ||E_e,teacher(x) - E_e,student(x)||^2, with n_e the tokens of expert e in the step.
 """
 
 import math

@@ -25,7 +25,11 @@ Returns:
 """
 
 _CITATION = """
-@article{moe-pruner, title={MoE-Pruner}, journal={arXiv}, year={2024}, eprint={2410.12013}}
+@inproceedings{sun2024simple,
+  title={A Simple and Effective Pruning Approach for Large Language Models},
+  author={Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico},
+  booktitle={ICLR}, year={2024}, url={https://huggingface.co/papers/2306.11695}
+}
 """
 
 
