@@ -103,8 +103,10 @@ def test_a_recipe_of_distill_begins_with_what_it_is_for_and_its_own_command(dist
         assert (resource_dir("recipes") / launcher).is_file()
 
 
-def test_recipes_of_distill_run_with_tiny_models(distillation, tiny_tokenizer, tmp_path):
-    """Two steps of each, in one process."""
+@pytest.mark.parametrize("name", ["demo", "mixtral_8x7b_fsdp2"])
+def test_recipes_of_distill_run_with_tiny_models(name, tiny_tokenizer, tmp_path):
+    """Two steps of either mode, in one process."""
+    distillation = resource_dir("recipes") / "distillation" / f"{name}.yaml"
     teacher, student = make_family("mixtral"), make_family("mixtral")
     prune(student)
     source, pruned = (

@@ -114,7 +114,7 @@ class ExpertWeights:
     def violations(self) -> int:
         """Weights that were zero and are not zero now."""
         pairs = zip(self._parameters, self._zeros, strict=True)
-        return sum(int((parameter[zeros] != 0).sum()) for parameter, zeros in pairs if zeros is not None)
+        return sum(int(((parameter != 0) & zeros).sum()) for parameter, zeros in pairs if zeros is not None)
 
 
 def train(

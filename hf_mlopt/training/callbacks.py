@@ -57,7 +57,7 @@ class KeepZerosCallback(TrainerCallback):
     @torch.no_grad()
     def violations(self) -> int:
         """Weights of this rank that were zero when training began and are not zero now."""
-        return sum(int((_local(parameter)[zeros] != 0).sum()) for parameter, zeros in self._zeros)
+        return sum(int(((_local(parameter) != 0) & zeros).sum()) for parameter, zeros in self._zeros)
 
     def _forget(self):
         for hook in self._hooks:

@@ -9,6 +9,7 @@ from hf_mlopt.data import CalibrationConfig, load_calibration
 from hf_mlopt.distillation.config import LayerwiseConfig
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.hub import Checkpoint, check_output, resolve_checkpoint
+from hf_mlopt.planning import check_distillation_memory
 from hf_mlopt.workflows.loading import (
     build_skeleton,
     choose_device,
@@ -132,6 +133,7 @@ class DistillRecipe:
             if not getattr(self, name) and not (name == "teacher" and self.teacher_targets):
                 raise ConfigurationError(name, getattr(self, name), "is needed, on the command line or in the recipe")
         for name, least in (
+            ("samples", 1),
             ("gradient_accumulation_steps", 1),
             ("eval_samples", 0),
             ("logging_steps", 1),
@@ -218,6 +220,8 @@ def distill_checkpoint(recipe: DistillRecipe):
     with launched_processes(recipe.device) as own_device:
         device = own_device or choose_device(recipe.device)
         tokenizer, skeleton = _check_pair(recipe, student, teacher)
+        directories = student.directory, teacher and teacher.directory
+        check_distillation_memory(recipe, *directories, gpu_memory=_free_memory(device))
         windows = _windows(recipe, tokenizer, skeleton.config)
         if recipe.mode == "layerwise":
             from hf_mlopt.workflows.distill_layerwise import distill_layerwise_checkpoint
@@ -226,6 +230,13 @@ def distill_checkpoint(recipe: DistillRecipe):
         from hf_mlopt.workflows.distill_end_to_end import distill_end_to_end
 
         return distill_end_to_end(recipe, student, teacher, tokenizer, windows, skeleton)
+
+
+def _free_memory(device) -> int | None:
+    """Bytes free on a GPU; None on a CPU."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def store_targets(recipe: DistillRecipe) -> None:

@@ -26,6 +26,7 @@ from hf_mlopt.workflows.distill_documents import documents
 from hf_mlopt.workflows.loading import load_model
 
 
+_TRAINING = "training"  # directory with the checkpoints to go on from
 _FORMAT = 1  # raised when the same recipe would give other weights
 # How a run is watched and where it runs, which its weights do not depend on.
 _FREE = ("output", "resume", "logging_steps", "save_steps", "device")
@@ -47,6 +48,7 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
     """
     started = time.perf_counter()
     output = Path(recipe.output).expanduser().resolve()
+    arguments = _arguments(recipe, unfinished_directory(output) / _TRAINING)  # first, as it checks what it is given
     train_dataset = window_dataset(windows.token_ids[: recipe.samples])
     eval_dataset = window_dataset(windows.token_ids[recipe.samples :]) if recipe.eval_samples else None
     stored = None
@@ -57,16 +59,16 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     with ExitStack() as stack:
         identity = _identity(recipe, student, teacher, stored, windows)
-        training = stack.enter_context(_run_directory(recipe, output, identity))
+        stack.enter_context(_run_directory(recipe, output, identity))
         _choose_weights(model, recipe)
         trainer = ExpertDistillationTrainer(
             model,
             stored or _teacher(recipe, teacher),
-            _arguments(recipe, training),
+            arguments,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
         )
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(training) if recipe.resume else None)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if recipe.resume else None)
         report = _report(recipe, trainer, windows, time.perf_counter() - started)
         if stored is not None:
             report.teacher = {name: stored.manifest["teacher"][name] for name in ("source", "revision")}
@@ -83,14 +85,14 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
 
 
 @contextmanager
-def _run_directory(recipe, output: Path, identity: dict) -> Iterator[str]:
-    """Where the training checkpoints of this run are; one process begins it, or goes on with it."""
+def _run_directory(recipe, output: Path, identity: dict) -> Iterator[None]:
+    """The directory of this run, for its training checkpoints; one process begins it, or goes on with it."""
     directory, lock = unfinished_directory(output), None
     try:
         if ranks.rank() == 0:
-            lock = begin_run(directory, identity, recipe.resume, parts=("training",))
+            lock = begin_run(directory, identity, recipe.resume, parts=(_TRAINING,))
         ranks.wait_for_all()
-        yield str(directory / "training")
+        yield
     finally:
         if lock is not None:
             os.close(lock)
@@ -145,12 +147,12 @@ def window_dataset(windows: torch.Tensor):
     return Dataset.from_dict({"input_ids": windows.tolist(), "labels": windows.tolist()})
 
 
-def _arguments(recipe, directory: str) -> DistillationArguments:
+def _arguments(recipe, directory: Path) -> DistillationArguments:
     taken = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "seed", "bf16")
     taken += ("activation_checkpointing", "logging_steps", "save_steps", "lora_rank")
     taken += ("lmbda", "logit_weight", "temperature", "freeze_router", "router_aux_loss", "allow_dense")
     return DistillationArguments(
-        output_dir=directory,
+        output_dir=str(directory),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
