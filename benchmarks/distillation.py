@@ -8,7 +8,7 @@ quality  perplexity dense, pruned and distilled at 50 %, 60 % and 2:4, trained o
          wikipedia.txt (5 % of what the model was trained on), measured on wikitext2-test.txt: layer-wise and
          end-to-end expert-wise distillation beside fine-tuning with a mask (lmbda = 0), distillation of logits, and
          the dense model trained on for as many tokens. Each method's learning rate is the best of three on one seed
-         at 50 %; then three seeds.
+         at 50 % with a quarter of the tokens; then three seeds, two runs at a time.
 curve    perplexity against tokens, at 50 %
 step     an end-to-end step against a cross-entropy step of the same student and a forward pass of the teacher
 depth    peak memory of layer-wise distillation of a deeper model of the same width
@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -38,6 +40,7 @@ from hf_mlopt.distillation.config import LayerwiseConfig
 from hf_mlopt.distillation.layerwise import distill_layerwise
 from hf_mlopt.distillation.teacher import ModelTeacher
 from hf_mlopt.evaluation import perplexity
+from hf_mlopt.moe import moe_layers
 from hf_mlopt.pruning import MoEPruner, PruningConfig
 
 
@@ -47,15 +50,16 @@ SEEDS = (0, 1, 2)
 PATTERNS = {"50%": {"sparsity": 0.5}, "60%": {"sparsity": 0.6}, "2:4": {"pattern": "2:4"}}
 PARTS = {"quality": ("quality", "tuning"), "curve": ("curve",), "step": ("step",), "depth": ("depth",)}
 # Method -> what it gives the trainer, and the learning rates it is tuned over.
-LAYERWISE, DENSE = "layer-wise", "dense, trained on"
+LAYERWISE, EXPERTS, DENSE = "layer-wise", "end-to-end, experts only", "dense, trained on"
 METHODS = {
     LAYERWISE: ({}, (1e-3, 2e-3, 4e-3)),
-    "end-to-end": ({}, (1e-4, 3e-4, 1e-3)),
-    "masked fine-tuning": ({"lmbda": 0.0}, (1e-4, 3e-4, 1e-3)),
-    "logits": ({"lmbda": 0.0, "logit_weight": 3.0}, (1e-4, 3e-4, 1e-3)),
+    "end-to-end": ({}, (3e-5, 1e-4, 3e-4)),
+    EXPERTS: ({}, (1e-4, 3e-4, 1e-3)),
+    "masked fine-tuning": ({"lmbda": 0.0}, (3e-5, 1e-4, 3e-4)),
+    "logits": ({"lmbda": 0.0, "logit_weight": 10.0}, (1e-4, 3e-4, 1e-3)),
     DENSE: ({"lmbda": 0.0, "allow_dense": True}, (3e-5, 1e-4, 3e-4)),
 }
-SHARES = (0.25, 0.5, 1.0)  # of the tokens, for the curve
+SHARES = (0.25, 0.5, 1.0)  # of the tokens, for the curve; the first also for tuning
 
 
 class Setting:
@@ -96,6 +100,10 @@ def train(setting: Setting, method: str, rate: float, student, windows: torch.Te
         config = LayerwiseConfig(epochs=1.0, learning_rate=rate, batch_size=BATCH, seed=seed)
         distill_layerwise(model, copy.deepcopy(setting.dense), windows, config, progress=False)
         return model, time.perf_counter() - started
+    if method == EXPERTS:
+        model.requires_grad_(False)
+        for layer in moe_layers(model):
+            layer.experts.requires_grad_(True)
     trainer = end_to_end(setting, model, windows, seed, learning_rate=rate, **settings)
     if judged is not None:
         trainer.add_callback(_Judge(setting, judged))
@@ -138,42 +146,69 @@ class _Judge(TrainerCallback):
             self.judged[state.global_step * BATCH * WINDOW] = self.setting.judge(model)
 
 
-def measure_quality(setting: Setting, results: Results, windows, patterns, seeds, grid: bool) -> dict[str, float]:
+def measure_quality(results: Results, arguments: tuple[int, int], patterns, seeds, grid: bool) -> dict[str, float]:
     """Tunes every method at 50 % on the first seed, then runs it on all; returns the learning rates."""
-    rates = {}
-    for method, (_, values) in METHODS.items():
-        found = {}
-        for rate in values if grid else values[1:2]:
-            found[rate] = add_quality(setting, results, method, rate, "50%", seeds[0], windows, "tuning")
-        rates[method] = min(found, key=found.get)
-    results.note(learning_rates=rates)
-    for pattern in patterns:
-        for method in METHODS:
-            if method == DENSE and pattern != patterns[0]:
-                continue  # it does not depend on the pattern
-            for seed in seeds:
-                add_quality(setting, results, method, rates[method], pattern, seed, windows, "quality")
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_begin, initargs=arguments) as pool:
+        jobs = [
+            ("tuning", method, rate, "50%", seeds[0])
+            for method, (_, values) in METHODS.items()
+            for rate in (values if grid else values[1:2])
+        ]
+        found = add_rows(pool, results, jobs)
+        rates = {
+            method: min((row for row in found if row["method"] == method), key=lambda row: row["perplexity"])
+            for method in METHODS
+        }
+        rates = {method: row["learning_rate"] for method, row in rates.items()}
+        results.note(learning_rates=rates)
+        jobs = [
+            ("quality", method, rates[method], pattern, seed)
+            for pattern in patterns
+            for seed in seeds
+            for method in METHODS
+            if method != DENSE or pattern == patterns[0]  # the dense model does not depend on the pattern
+        ]
+        add_rows(pool, results, jobs)
     return rates
 
 
-def add_quality(setting, results, method, rate, pattern, seed, windows, kind) -> float:
-    student, pruned = (setting.dense, None) if method == DENSE else setting.pruned(pattern, seed)
-    model, seconds = train(setting, method, rate, student, windows[seed], seed)
-    value, dense = setting.judge(model), setting.dense_perplexity
-    results.add(
-        kind=kind,
-        method=method,
-        pattern="" if method == DENSE else pattern,
-        seed=seed,
-        learning_rate=rate,
-        tokens=windows[seed].numel(),
-        seconds=seconds,
-        dense=dense,
-        pruned=pruned,
-        perplexity=value,
-        gap_closed=None if pruned is None else (pruned - value) / (pruned - dense),
-    )
-    return value
+def add_rows(pool: ProcessPoolExecutor, results: Results, jobs: list[tuple]) -> list[dict]:
+    rows = []
+    for future in as_completed([pool.submit(_run, *job) for job in jobs]):
+        rows.append(future.result())
+        results.add(**rows[-1])
+    return rows
+
+
+def _begin(evaluated: int, number: int) -> None:
+    """What a process of the pool loads once."""
+    global _setting, _windows
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    _setting = Setting(evaluated)
+    _windows = {seed: training_windows(_setting, seed, number) for seed in SEEDS}
+
+
+def _run(kind: str, method: str, rate: float, pattern: str, seed: int) -> dict:
+    """One row."""
+    windows = _windows[seed] if kind == "quality" else _windows[seed][: round(SHARES[0] * len(_windows[seed]))]
+    student, pruned = (_setting.dense, None) if method == DENSE else _setting.pruned(pattern, seed)
+    model, seconds = train(_setting, method, rate, student, windows, seed)
+    value, dense = _setting.judge(model), _setting.dense_perplexity
+    return {
+        "kind": kind,
+        "method": method,
+        "pattern": "" if method == DENSE else pattern,
+        "seed": seed,
+        "learning_rate": rate,
+        "tokens": windows.numel(),
+        "seconds": seconds,
+        "dense": dense,
+        "pruned": pruned,
+        "perplexity": value,
+        "gap_closed": None if pruned is None else (pruned - value) / (pruned - dense),
+    }
 
 
 def measure_curve(setting: Setting, results: Results, windows: torch.Tensor, rates: dict[str, float]) -> None:
@@ -279,18 +314,19 @@ def main() -> None:
     name = "distillation_short" if args.short else "distillation"
     results = Results(name, f"python benchmarks/distillation.py{' --short' if args.short else ''}")
     results.keep_others({kind for part in args.only for kind in PARTS[part]})
-    setting = Setting(windows=50 if args.short else 200)
+    evaluated = 50 if args.short else 200
+    setting = Setting(evaluated)
     results.note(dense_perplexity=setting.dense_perplexity, window=WINDOW, batch=BATCH)
     number = (TOKENS if not args.short else 8_000) // WINDOW
-    windows = {seed: training_windows(setting, seed, number) for seed in SEEDS}
+    windows = training_windows(setting, SEEDS[0], number)
     rates = results.record.get("learning_rates")
     if "quality" in args.only:
         patterns, seeds = (("50%",), SEEDS[:1]) if args.short else (tuple(PATTERNS), SEEDS)
-        rates = measure_quality(setting, results, windows, patterns, seeds, grid=not args.short)
+        rates = measure_quality(results, (evaluated, number), patterns, seeds, grid=not args.short)
     if "curve" in args.only:
-        measure_curve(setting, results, windows[SEEDS[0]], rates)
+        measure_curve(setting, results, windows, rates)
     if "step" in args.only:
-        measure_step(setting, results, windows[SEEDS[0]], pairs=3 if args.short else 15)
+        measure_step(setting, results, windows, pairs=3 if args.short else 15)
     if "depth" in args.only:
         measure_depth(results, (2, 4) if args.short else (8, 32))
     results.note(not_run=[part for part in PARTS if part not in args.only])

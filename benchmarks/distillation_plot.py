@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 _STYLES = {
     "layer-wise": ("#D55E00", "s"),
     "end-to-end": ("#0072B2", "o"),
+    "end-to-end, experts only": ("#56B4E9", "v"),
     "masked fine-tuning": ("#999999", "x"),
     "logits": ("#009E73", "^"),
     "dense, trained on": ("black", "D"),
@@ -42,8 +43,8 @@ def _quality(axes, rows: list[dict]) -> None:
         colour, marker = _STYLES[method]
         for group, pattern in enumerate(patterns):
             closed = [100 * row["gap_closed"] for row in rows if (row["method"], row["pattern"]) == (method, pattern)]
-            at = group + 0.18 * (place - (len(methods) - 1) / 2)
-            axes.bar(at, statistics.mean(closed), 0.16, color=colour, label=method if group == 0 else None)
+            at = group + 0.16 * (place - (len(methods) - 1) / 2)
+            axes.bar(at, statistics.mean(closed), 0.14, color=colour, label=method if group == 0 else None)
             axes.plot([at] * len(closed), closed, linestyle="", marker=".", color="black", markersize=4)
     axes.axhline(80, color="black", linestyle=":", linewidth=1)
     axes.set_xticks(range(len(patterns)), patterns)

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from command_line import hf_mlopt, succeed, weights
 from families import make_family, token_ids
 from huggingface_hub import ModelCard
 from processes import together
 from pruned import prune
+from test_distillation_trainer_ranks import afresh, environment_of
 from transformers import AutoModelForCausalLM
 
 from hf_mlopt.distillation import ExpertDistillationTrainer
@@ -173,10 +174,14 @@ def test_another_architecture_is_refused_by_its_sizes(work, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_processes_write_what_one_does(work, tmp_path):
+@pytest.mark.parametrize("form", ["ddp", "fsdp2", "fsdp2 with adapters"])
+def test_two_processes_write_what_one_does(work, tmp_path, form):
+    more = ("--lora-rank", 4) if "adapters" in form else ()
+    environment = environment_of("fsdp2", ACCELERATE_MIXED_PRECISION="no") if form.startswith("fsdp2") else {}
+
     def run(rank):
-        AcceleratorState._reset_state(reset_partial_state=True)  # that of the tests before, in one process
-        status = hf_mlopt(*words(work, tmp_path / "out", "--batch-size", 1)).status
+        afresh(environment)
+        status = hf_mlopt(*words(work, tmp_path / "out", "--batch-size", 1, *more)).status
         return status, PartialState._shared_state.get("num_processes")
 
     assert together(run, group=False) == [[0, 2], [0, 2]]

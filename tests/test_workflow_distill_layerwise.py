@@ -137,7 +137,7 @@ def test_what_is_written(tmp_path, work, tiny_tokenizer):
     assert all(record[key] == value for key, value in before.items())
     assert record["distillation"]["teacher"] == {"source": "teacher", "revision": None}
     card = (output / "README.md").read_text()
-    assert "hf-mlopt distill student --teacher teacher --output DIR" in card and str(tmp_path) not in card
+    assert "hf-mlopt distill student --output DIR --teacher teacher" in card and str(tmp_path) not in card
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.hf_mlopt["method"] == "moe-pruner"
 

@@ -287,7 +287,11 @@ def _check_pair(recipe: DistillRecipe, student: Checkpoint, teacher: Checkpoint 
 
 def _windows(recipe: DistillRecipe, tokenizer, config):
     """The windows to train on, then those to evaluate on."""
-    windows = load_calibration(recipe.windows, tokenizer, context_length(config))
+    try:
+        windows = load_calibration(recipe.windows, tokenizer, context_length(config))
+    except InputError as error:  # it says what the options of `prune` are called
+        text = str(error).replace("--calibration-packing", "--packing").replace("--calibration ", "--dataset ")
+        raise InputError(text.replace("calibration=", "dataset=")) from None
     if recipe.dataset_fingerprint not in (None, windows.source["fingerprint"]):
         logger.warning(
             f"dataset={recipe.dataset!r} gives other tokens than when this recipe was written (the text, the "

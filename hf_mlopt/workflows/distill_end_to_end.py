@@ -29,7 +29,7 @@ from hf_mlopt.workflows.loading import load_model
 _TRAINING = "training"  # directory with the checkpoints to go on from
 _FORMAT = 1  # raised when the same recipe would give other weights
 # How a run is watched and where it runs, which its weights do not depend on.
-_FREE = ("output", "resume", "logging_steps", "save_steps", "device")
+_FREE = ("output", "resume", "logging_steps", "save_steps", "device", "dataset_fingerprint")
 
 
 def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, tokenizer, windows, skeleton):
