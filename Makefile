@@ -53,6 +53,7 @@ style: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/pruning.py --short
 	$(BIN)/python benchmarks/pruning_scale.py --short
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation.py --short
 
 # What the benchmarks compare with has versions of its own.
 peers: $(PEER)/.ready

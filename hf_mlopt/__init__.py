@@ -6,12 +6,17 @@ from hf_mlopt.lazy import lazy_names
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DistillationArguments": "hf_mlopt.distillation",
+    "ExpertDistillationTrainer": "hf_mlopt.distillation",
+    "LayerwiseConfig": "hf_mlopt.distillation",
     "MLOptTrainer": "hf_mlopt.training",
     "MLOptTrainingArguments": "hf_mlopt.training",
     "MoELayer": "hf_mlopt.moe",
     "MoEPruner": "hf_mlopt.pruning",
     "PruningConfig": "hf_mlopt.pruning",
     "PruningReport": "hf_mlopt.pruning",
+    "distill_layerwise": "hf_mlopt.distillation",
+    "evaluate_tasks": "hf_mlopt.evaluation",
     "moe_layers": "hf_mlopt.moe",
     "observe": "hf_mlopt.moe",
     "perplexity": "hf_mlopt.evaluation",

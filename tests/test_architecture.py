@@ -35,12 +35,17 @@ LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in room
 BASE = LAYERS[0]  # these four are single modules and may use one another
 
 PUBLIC_NAMES = [
+    "DistillationArguments",
+    "ExpertDistillationTrainer",
+    "LayerwiseConfig",
     "MLOptTrainer",
     "MLOptTrainingArguments",
     "MoELayer",
     "MoEPruner",
     "PruningConfig",
     "PruningReport",
+    "distill_layerwise",
+    "evaluate_tasks",
     "moe_layers",
     "observe",
     "perplexity",

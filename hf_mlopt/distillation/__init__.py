@@ -6,7 +6,9 @@ from hf_mlopt.lazy import lazy_names
 _PUBLIC = {
     "DistillationArguments": "hf_mlopt.distillation.arguments",
     "ExpertDistillationTrainer": "hf_mlopt.distillation.trainer",
+    "LayerwiseConfig": "hf_mlopt.distillation.config",
     "StoredTargets": "hf_mlopt.distillation.stored",
+    "distill_layerwise": "hf_mlopt.distillation.layerwise",
     "add_masked_lora": "hf_mlopt.distillation.lora",
     "merge_masked_lora": "hf_mlopt.distillation.lora",
     "store_targets": "hf_mlopt.distillation.stored",
