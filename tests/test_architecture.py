@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 
 # Each room imports only from earlier layers, and from itself. Part of a room may lie lower than the rest of it.
 LAYERS = (
-    {"errors", "configuration", "lazy", "resources"},
+    {"errors", "configuration", "lazy", "ranks", "resources"},
     {
         "moe",
         "optimizers",
@@ -32,7 +32,7 @@ LAYERS = (
     {"__main__"},
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-BASE = LAYERS[0]  # these four are single modules and may use one another
+BASE = LAYERS[0]  # these are single modules and may use one another
 
 PUBLIC_NAMES = [
     "DistillationArguments",

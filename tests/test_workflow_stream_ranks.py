@@ -16,8 +16,9 @@ from command_line import hf_mlopt, succeed, weights
 from families import make_family, token_ids
 from processes import SECONDS, environment, free_port, together
 
+from hf_mlopt import ranks
 from hf_mlopt.errors import InputError
-from hf_mlopt.pruning import MoEPruner, PruningConfig, ranks
+from hf_mlopt.pruning import MoEPruner, PruningConfig
 from hf_mlopt.pruning.states import LayerCalls
 
 

@@ -75,7 +75,10 @@ class CalibrationSet:
 
 
 def load_calibration(
-    config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase | None" = None, max_length: int | None = None
+    config: CalibrationConfig,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    max_length: int | None = None,
+    held_out: int = 0,
 ) -> CalibrationSet:
     """
     Draws the calibration windows. The same configuration, source and tokenizer give the same tokens.
@@ -85,6 +88,7 @@ def load_calibration(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The model's tokenizer. Not needed if the
             source holds token ids.
         max_length (`int`, *optional*): The model's context in tokens; longer windows are cut to it.
+        held_out (`int`, *optional*, defaults to 0): The last so many windows share no token with the others.
 
     Raises:
         InputError: If the source cannot be read, a tokenizer is missing, or there is too little text.
@@ -106,7 +110,7 @@ def load_calibration(
         token_ids, record = _document_windows(documents, config, length, rng), {}
     else:
         stream = _join(corpus, tokenizer, 2 * config.samples * length)
-        token_ids, record = _stream_windows(stream, config, length, rng)
+        token_ids, record = _stream_windows(stream, config, length, rng, held_out)
     if token_ids.min() < 0:
         raise InputError(f"calibration={config.calibration!r}: column 'input_ids' holds negative values")
     source = corpus.provenance | {
@@ -172,22 +176,27 @@ def _first_tokens(
 
 
 def _stream_windows(
-    stream: "torch.LongTensor", config: CalibrationConfig, length: int, rng: random.Random
+    stream: "torch.LongTensor", config: CalibrationConfig, length: int, rng: random.Random, held_out: int
 ) -> tuple["torch.LongTensor", dict]:
-    """Random windows of a stream, disjoint if it is long enough for that, `[samples, length]`."""
+    """
+    Random windows of a stream, disjoint if it is long enough for that, `[samples, length]`; else the last `held_out`
+    of them are its end, and the others come from what is before.
+    """
     import torch
 
     spare = len(stream) - config.samples * length
-    if len(stream) < length:
+    before = len(stream) - held_out * length
+    if before < length:
         raise InputError(
-            f"calibration={config.calibration!r}: {len(stream)} tokens of text, less than one window of {length}: "
-            "lower sequence_length or give more text"
+            f"calibration={config.calibration!r}: {len(stream)} tokens of text, less than one window of {length}"
+            f"{f' and {held_out} held out' if held_out else ''}: lower sequence_length or give more text"
         )
     if spare >= 0:  # the spare tokens fall at random between the windows
         gaps = sorted(rng.randint(0, spare) for _ in range(config.samples))
         starts = [gap + index * length for index, gap in enumerate(gaps)]
     else:
-        starts = [rng.randint(0, len(stream) - length) for _ in range(config.samples)]
+        starts = [rng.randint(0, before - length) for _ in range(config.samples - held_out)]
+        starts += [before + index * length for index in range(held_out)]
     uses = config.samples * length / len(stream)
     if uses > 1:
         logger.info(

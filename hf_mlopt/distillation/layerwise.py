@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from hf_mlopt import ranks
 from hf_mlopt.distillation.compatibility import check_pair, require_zeros
 from hf_mlopt.distillation.config import LayerwiseConfig
 from hf_mlopt.distillation.expert_inputs import ExpertInputs, ExpertInputsOnDisk
@@ -26,7 +27,6 @@ from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.moe import MoELayer, decoder_layers, moe_layers
 from hf_mlopt.moe.layers import text_config
 from hf_mlopt.moe.observation import SeenEnough
-from hf_mlopt.pruning import ranks
 from hf_mlopt.pruning.batches import as_batches
 from hf_mlopt.pruning.pruner import first_states, peak_memory, refuse_offloaded
 from hf_mlopt.pruning.states import LayerCalls

@@ -55,6 +55,8 @@ class DistillationReport:
         trained (`str`): `experts`, `all` or `lora`.
         seconds (`float`): Wall time.
         peak_memory_bytes (`int`): Peak resident memory of the process, or peak allocation on the accelerator.
+        processes (`int`), sharded (`bool`), precision (`str`): How many trained together, whether FSDP2 split the
+            models among them, and the mixed precision of accelerate, `no` or `bf16`.
         lmbda (`float`, *optional*): Weight of the experts' error.
         lora_rank (`int`, *optional*): Rank of the adapters that were merged.
         freeze_router (`bool`): Whether routers kept their weights.
@@ -76,6 +78,9 @@ class DistillationReport:
     trained: str
     seconds: float
     peak_memory_bytes: int
+    processes: int = 1
+    sharded: bool = False
+    precision: str = "no"
     lmbda: float | None = None
     lora_rank: int | None = None
     freeze_router: bool = False

@@ -3,6 +3,7 @@
 # T tokens   H hidden   K experts per token   V vocabulary   E experts   L layers
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -81,6 +82,7 @@ class ExpertDistillationTrainer(MLOptTrainer):
         self._hidden_size, self._vocab_size = config.hidden_size, config.vocab_size
         self._aux_coefficient = getattr(config, "router_aux_loss_coef", 0.0) if args.router_aux_loss else 0.0
         self.teacher, self.lmbda = teacher, args.lmbda
+        self.seconds_before, self._started = 0.0, time.perf_counter()
         self._means, self._eval_errors = RunningMeans(), RunningMeans()
         self._tokens_LE: torch.Tensor | None = None
         if args.lora_rank is not None:
@@ -262,16 +264,20 @@ class ExpertDistillationTrainer(MLOptTrainer):
         violations = torch.tensor(revived, device=self.args.device)
         return values | {"mask_violations": int(self._summed(violations))}
 
-    # What `lmbda` was found to be at the first step belongs to the run.
+    # What `lmbda` was found to be at the first step belongs to the run; so does the time it has taken.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            (Path(output_dir) / _STATE).write_text(json.dumps({"lmbda": self.lmbda}) + "\n", encoding="utf-8")
+            state = {"lmbda": self.lmbda, "seconds": self.seconds_before + time.perf_counter() - self._started}
+            (Path(output_dir) / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.args.lmbda is None and checkpoint is not None and (Path(checkpoint) / _STATE).is_file():
-            self.lmbda = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))["lmbda"]
+        if checkpoint is not None and (Path(checkpoint) / _STATE).is_file():
+            state = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
+            self.seconds_before = state["seconds"]
+            if self.args.lmbda is None:
+                self.lmbda = state["lmbda"]
 
 
 def _token_mask(inputs) -> torch.Tensor | None:

@@ -16,8 +16,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from hf_mlopt import ranks
 from hf_mlopt.errors import ConfigurationError, InputError
-from hf_mlopt.evaluation import processes
 from hf_mlopt.evaluation.tasks import LocalTask, Selection, select_tasks
 from hf_mlopt.evaluation.undisturbed import undisturbed
 
@@ -154,7 +154,7 @@ def evaluate_tasks(
                 f"a choice is longer than the model's context of {harness.max_length} tokens, or no token at all"
             ) from error
     rows = None if found is None else [row for name in tasks.names for row in _rows(name, tasks, found)]
-    return processes.from_first(rows) if distributed else rows
+    return ranks.from_first(rows) if distributed else rows
 
 
 def check_examples(tasks: LoadedTasks, num_fewshot: int | None) -> None:
@@ -169,7 +169,7 @@ def check_examples(tasks: LoadedTasks, num_fewshot: int | None) -> None:
 
 class _SharedLM(HFLM):
     """
-    `HFLM` over a loaded model that shares the requests with the other processes.
+    `HFLM` over a loaded model that shares the requests with the other ranks.
 
     `HFLM` itself does so only where it loads the model and sees several GPUs: on the CPU each process would do all
     the work, and on several machines it takes the local rank for the global one.
@@ -177,11 +177,11 @@ class _SharedLM(HFLM):
 
     @property
     def rank(self) -> int:
-        return processes.rank()
+        return ranks.rank()
 
     @property
     def world_size(self) -> int:
-        return processes.world_size()
+        return ranks.world_size()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -231,8 +231,8 @@ def _check_documents(task: "Task", limit: float | None) -> None:
     size = len(task.eval_docs)
     if limit is not None:
         size = min(size, int(limit) if limit >= 1 else -int(-size * limit // 1))
-    if size < processes.world_size():
-        raise InputError(f"{task.task_name}: {size} documents for {processes.world_size()} processes; start fewer")
+    if size < ranks.world_size():
+        raise InputError(f"{task.task_name}: {size} documents for {ranks.world_size()} processes; start fewer")
 
 
 def _rows(name: str, tasks: LoadedTasks, found: dict) -> Iterator[dict]:

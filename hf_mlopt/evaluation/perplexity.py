@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_mlopt import ranks
 from hf_mlopt.errors import InputError
-from hf_mlopt.evaluation import processes
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def perplexity(
     num_windows = len(token_ids) // window
     share = token_ids[: num_windows * window].view(num_windows, window)
     if distributed:
-        share = share[processes.rank() :: processes.world_size()]
+        share = share[ranks.rank() :: ranks.world_size()]
     was_training, nlls = model.training, []
     model.eval()
     try:
@@ -87,7 +87,7 @@ def perplexity(
                     break  # the other processes wait for this one
     finally:
         model.train(was_training)
-    return _result(processes.interleaved(nlls) if distributed else nlls, num_windows, window)
+    return _result(ranks.interleaved(nlls) if distributed else nlls, num_windows, window)
 
 
 def _summed_nlls(model: PreTrainedModel, batch: torch.LongTensor) -> list[float]:

@@ -121,7 +121,8 @@ def check_results(card: "ModelCard", directory: Path, pruning: dict | None, dist
         InputError: Names the result, and what the records hold instead.
     """
     measured: list[EvalResult] = []
-    for report, stages in ((pruning, ("dense", "pruned")), (distillation, ("dense", "pruned", "distilled"))):
+    own = pruning if distillation is None else None  # of a distilled model it tells what the student measured
+    for report, stages in ((own, ("dense", "pruned")), (distillation, ("dense", "pruned", "distilled"))):
         if report:
             measured += perplexity_results(report_tables(report, stages))
     if (directory / EVALUATION).is_file():

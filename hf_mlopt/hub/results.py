@@ -104,26 +104,23 @@ def _key(row: dict) -> tuple:
     return row["task"], row["metric"], row.get("filter")
 
 
-def subject(evaluation: dict, name: str, exactly: bool = False) -> int:
+def subject(evaluation: dict, name: str) -> int:
     """
     Which model of an evaluation a card is of.
 
     Args:
         evaluation (`dict`): Checked, see [`check_evaluation`]. What was collected into a card says so in `subject`.
         name (`str`): Repository or directory; of either the last part counts.
-        exactly (`bool`, *optional*, defaults to `False`): Whether it must be so called, even if there is only one.
 
     Returns:
-        `int`: Its place in `models`: the one so called, or the second of two.
+        `int`: Its place in `models`, after the first, which is the one compared with.
 
     Raises:
-        ConfigurationError: If none is so called and there are more than two.
+        ConfigurationError: If none is so called.
     """
     names = [model_name(model["model"]) for model in evaluation["models"]]
     wanted = evaluation.get("subject") or model_name(name)
     found = [index for index, known in enumerate(names) if index and known == wanted]
-    if not found and len(names) == 2 and not exactly:
-        found = [1]
     if len(found) != 1:
         raise ConfigurationError("model", wanted, f"is not one of the models evaluated: {', '.join(names)}")
     return found[0]

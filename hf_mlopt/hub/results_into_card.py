@@ -55,7 +55,7 @@ def collect_results(
         raise InputError(
             f"{directory / CARD}: was edited since it was written, or is of another version; --overwrite replaces it"
         )
-    evaluation = _others_can_read(evaluation, model or name or title, exactly=model is not None)
+    evaluation = _others_can_read(evaluation, model or name or title)
     card = _card(pruning, distillation, name or title, command, license, evaluation)
     return {
         CARD: card,
@@ -82,10 +82,10 @@ def _given(text: str, path: Path) -> tuple[str, str | None, str | None]:
     return title[1].strip(), ModelCard(text).data.license, command and command[1]
 
 
-def _others_can_read(evaluation: dict, name: str, exactly: bool) -> dict:
+def _others_can_read(evaluation: dict, name: str) -> dict:
     """The evaluation with models and data called by name, not by where they lay; and which model it is about."""
     evaluation = deepcopy(evaluation)
-    own = subject(evaluation, name, exactly)
+    own = subject(evaluation, name)
     for each in evaluation["models"]:
         each["model"] = model_name(each["model"])
         if each.get("source"):

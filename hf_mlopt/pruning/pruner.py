@@ -13,11 +13,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from hf_mlopt import ranks
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe import MoELayer, decoder_layers
 from hf_mlopt.moe.layers import text_config
 from hf_mlopt.moe.switching import delegate_name
-from hf_mlopt.pruning import ranks
 from hf_mlopt.pruning.batches import as_batches
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.kept import num_kept

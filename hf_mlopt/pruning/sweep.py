@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hf_mlopt import ranks
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe import MoELayer, observe_layers
 from hf_mlopt.moe.all_tokens import intermediate_on_all_tokens
 from hf_mlopt.moe.observation import SeenEnough
-from hf_mlopt.pruning import ranks
 from hf_mlopt.pruning.allocation import expert_sparsities
 from hf_mlopt.pruning.apply import prune_weights_
 from hf_mlopt.pruning.config import PruningConfig

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
+from hf_mlopt import ranks
 from hf_mlopt.errors import InputError
 from hf_mlopt.hub.shards import ShardReader, ShardWriter, write_error
-from hf_mlopt.pruning import ranks
 from hf_mlopt.pruning.report import LayerReport
 from hf_mlopt.pruning.states import States
 from hf_mlopt.streaming.states import DiskStates, StateFiles

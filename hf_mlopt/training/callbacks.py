@@ -22,8 +22,8 @@ class KeepZerosCallback(TrainerCallback):
 
     Args:
         min_sparsity (`float`, *optional*, defaults to 0.05): Fraction of zeros from which a matrix counts as pruned.
-            Below it lie padding rows of embeddings; a matrix of zeros only, such as a fresh LoRA adapter's, and
-            vectors (biases, norms) are never held.
+            Below it lie padding rows of embeddings. Stacked experts count with any zero; a matrix of zeros only, such
+            as a fresh LoRA adapter's, and vectors (biases, norms) are never held.
     """
 
     def __init__(self, min_sparsity: float = MIN_SPARSITY):
@@ -39,7 +39,8 @@ class KeepZerosCallback(TrainerCallback):
                 module.reshard()
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() >= 2:
-                if self.min_sparsity <= sparsity_of(parameter) < 1:
+                sparsity = sparsity_of(parameter)
+                if 0 < sparsity < 1 and (parameter.dim() == 3 or sparsity >= self.min_sparsity):
                     zeros = _local(parameter) == 0
                     self._zeros.append((parameter, zeros))
                     self._hooks.append(_mask_gradient(parameter, zeros))

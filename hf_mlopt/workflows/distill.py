@@ -142,6 +142,11 @@ class DistillRecipe:
         ):
             if getattr(self, name) < least:
                 raise ConfigurationError(name, getattr(self, name), f"must be at least {least}")
+        if self.teacher_targets and (self.teacher or self.store_targets):
+            other = "teacher" if self.teacher else "store_targets"
+            raise ConfigurationError(
+                other, getattr(self, other), "goes without teacher_targets, which come from a teacher"
+            )
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ConfigurationError("lora_rank", self.lora_rank, "must be at least 1")
         if self.learning_rate is None:
@@ -288,7 +293,7 @@ def _check_pair(recipe: DistillRecipe, student: Checkpoint, teacher: Checkpoint 
 def _windows(recipe: DistillRecipe, tokenizer, config):
     """The windows to train on, then those to evaluate on."""
     try:
-        windows = load_calibration(recipe.windows, tokenizer, context_length(config))
+        windows = load_calibration(recipe.windows, tokenizer, context_length(config), held_out=recipe.eval_samples)
     except InputError as error:  # it says what the options of `prune` are called
         text = str(error).replace("--calibration-packing", "--packing").replace("--calibration ", "--dataset ")
         raise InputError(text.replace("calibration=", "dataset=")) from None

@@ -21,9 +21,7 @@ _NOT_TYPED = ("student", "output", "dataset_fingerprint")
 _OF_THE_MACHINE = ("output", "resume", "stream", "offload_states", "save_states_every", "save_steps")
 
 
-def documents(
-    report, recipe, student: Checkpoint, teacher: Checkpoint | None, windows, evaluation=None
-) -> tuple[dict, dict]:
+def documents(report, recipe, student: Checkpoint, teacher: Checkpoint | None, windows) -> tuple[dict, dict]:
     """
     What goes into a distilled checkpoint beside the weights.
 
@@ -33,7 +31,6 @@ def documents(
         student (`Checkpoint`), teacher (`Checkpoint`, *optional*): What was trained, and by what; a report whose
             targets were stored names the teacher already.
         windows (`CalibrationSet`): The tokens.
-        evaluation (`list[dict]`, *optional*): Perplexities measured in this run, for report and card.
 
     Returns:
         `tuple[dict, dict]`: The block in `config.json`, and the other files, as
@@ -46,7 +43,7 @@ def documents(
     if teacher is not None:
         report.teacher = _source(teacher)
     report.dataset = calibration_record(windows)
-    record = report.to_dict() | ({"evaluation": evaluation} if evaluation else {})
+    record = report.to_dict()
     pruning = pruning_report(student)
     again = replace(
         recipe,
@@ -55,11 +52,11 @@ def documents(
         teacher_revision=recipe.teacher_revision or (teacher and teacher.revision),
         dataset_fingerprint=windows.source["fingerprint"],
     )
-    name = Path(recipe.output).resolve().name
+    name, command = Path(recipe.output).resolve().name, _command(again, report)
     files = {
-        "README.md": distillation_card(record, pruning, name, command=_command(again), license=student.license),
+        "README.md": distillation_card(record, pruning, name, command=command, license=student.license),
         "recipe.yaml": lambda path: save_yaml(again, path),
-        "distillation_report.json": lambda path: _save_json(record, path),
+        "distillation_report.json": json.dumps(record, indent=1) + "\n",
         "distillation.png": lambda path: plot_distillation(record, path, name),
     }
     if pruning is not None:
@@ -94,14 +91,14 @@ def _source(checkpoint: Checkpoint) -> dict:
     return {"source": shown_name(checkpoint.name), "revision": checkpoint.revision}
 
 
-def _command(recipe) -> str:
+def _command(recipe, report) -> str:
     """
     The command line that repeats a recipe; fields at their defaults are left out. It goes into a card, so of files and
     directories it gives only the names.
     """
     local = {name: getattr(recipe, name) for name in ("student", "teacher", "dataset", "teacher_targets")}
     shown = {name: value and shown_name(value) for name, value in local.items()}
-    words = ["hf-mlopt", "distill", shown["student"], "--output", "DIR"]
+    words = [*_launcher(report), "distill", shown["student"], "--output", "DIR"]
     for field in fields(recipe):
         value = shown.get(field.name, getattr(recipe, field.name))
         if field.name in _NOT_TYPED or value == field.default:
@@ -111,5 +108,13 @@ def _command(recipe) -> str:
     return shlex.join(words)
 
 
-def _save_json(record: dict, path: Path) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def _launcher(report) -> list[str]:
+    """What a run was started by: how many processes there are, and their precision, change what it gives."""
+    if report.processes == 1 and report.precision == "no":
+        return ["hf-mlopt"]
+    words = ["accelerate", "launch", "--num_processes", str(report.processes), "--mixed_precision", report.precision]
+    if report.sharded:
+        words += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    elif report.processes > 1:
+        words += ["--multi_gpu"]
+    return [*words, "-m", "hf_mlopt"]

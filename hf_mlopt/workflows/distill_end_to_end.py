@@ -3,29 +3,36 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import transformers
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_mlopt import __version__
+from hf_mlopt import __version__, ranks
 from hf_mlopt.configuration import to_dict
 from hf_mlopt.distillation import DistillationArguments, ExpertDistillationTrainer, StoredTargets
 from hf_mlopt.distillation.lora import add_masked_lora, merge_masked_lora
 from hf_mlopt.distillation.report import DistillationReport
-from hf_mlopt.hub import Checkpoint, complete_checkpoint, copy_config, staged_output
+from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.hub import Checkpoint, complete_checkpoint, copy_config, safetensors_files, staged_output
 from hf_mlopt.hub.checkpoint import read_config
 from hf_mlopt.hub.output import unfinished_directory
+from hf_mlopt.hub.shards import ShardReader
 from hf_mlopt.moe import moe_layers
-from hf_mlopt.pruning import ranks
 from hf_mlopt.pruning.pruner import peak_memory
-from hf_mlopt.streaming.journal import begin_run
+from hf_mlopt.streaming.journal import begin_run, source_identity
 from hf_mlopt.workflows.distill_documents import documents
 from hf_mlopt.workflows.loading import load_model
 
 
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # the second is the older name
 _TRAINING = "training"  # directory with the checkpoints to go on from
 _FORMAT = 1  # raised when the same recipe would give other weights
 # How a run is watched and where it runs, which its weights do not depend on.
@@ -48,18 +55,17 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
     """
     started = time.perf_counter()
     output = Path(recipe.output).expanduser().resolve()
-    arguments = _arguments(recipe, unfinished_directory(output) / _TRAINING)  # first, as it checks what it is given
+    arguments = _arguments(recipe, unfinished_directory(output) / _TRAINING)  # checks what it is given
     train_dataset = window_dataset(windows.token_ids[: recipe.samples])
     eval_dataset = window_dataset(windows.token_ids[recipe.samples :]) if recipe.eval_samples else None
     stored = None
     if recipe.teacher_targets:
         stored = StoredTargets(recipe.teacher_targets)
         stored.check(skeleton, {"samples": train_dataset, "eval_samples": eval_dataset})
-    model = load_model(student, recipe.trust_remote_code)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    with ExitStack() as stack:
-        identity = _identity(recipe, student, teacher, stored, windows)
-        stack.enter_context(_run_directory(recipe, output, identity))
+    identity = partial(_identity, recipe, student, teacher, stored, windows)
+    with _run_directory(recipe, output, identity):
+        model = load_model(student, recipe.trust_remote_code)
+        dtypes, zeros = {name: parameter.dtype for name, parameter in model.named_parameters()}, _zeros(model)
         _choose_weights(model, recipe)
         trainer = ExpertDistillationTrainer(
             model,
@@ -68,7 +74,7 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
         )
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if recipe.resume else None)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(arguments.output_dir) if recipe.resume else None)
         report = _report(recipe, trainer, windows, time.perf_counter() - started)
         if stored is not None:
             report.teacher = {name: stored.manifest["teacher"][name] for name in ("source", "revision")}
@@ -77,7 +83,11 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
             if recipe.lora_rank:
                 model, state = _merged(recipe, model, state, student)
-            state = {name: value.to(dtypes.get(name, value.dtype)) for name, value in state.items()}
+            tied = getattr(model, "all_tied_weights_keys", {})  # cast one by one they would be stored one by one
+            state = {
+                name: value.to(dtypes.get(name, value.dtype)) for name, value in state.items() if name not in tied
+            }
+            report.mask_violations = _revived(zeros, state)
             _write(recipe, model, state, student, teacher, tokenizer, windows, report, output)
             shutil.rmtree(unfinished_directory(output))
         ranks.wait_for_all()
@@ -85,29 +95,64 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
 
 
 @contextmanager
-def _run_directory(recipe, output: Path, identity: dict) -> Iterator[None]:
+def _run_directory(recipe, output: Path, identity: Callable[[], dict]) -> Iterator[None]:
     """The directory of this run, for its training checkpoints; one process begins it, or goes on with it."""
     directory, lock = unfinished_directory(output), None
     try:
-        if ranks.rank() == 0:
-            lock = begin_run(directory, identity, recipe.resume, parts=(_TRAINING,))
-        ranks.wait_for_all()
+        lock = ranks.on_first(lambda: begin_run(directory, identity(), recipe.resume, parts=(_TRAINING,)))
         yield
     finally:
-        if lock is not None:
+        if lock is not None and ranks.rank() == 0:
             os.close(lock)
 
 
 def _identity(recipe, student: Checkpoint, teacher: Checkpoint | None, stored, windows) -> dict:
+    """Everything that the weights of the result depend on."""
     return {
         "format": _FORMAT,
         "hf_mlopt": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processes": ranks.world_size(),
+        "sharded": _is_sharded(),
+        "precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "recipe": {name: value for name, value in to_dict(recipe).items() if name not in _FREE},
         "windows": windows.source["fingerprint"],
-        "student": {"revision": student.revision, "config": read_config(student.directory)},
-        "teacher": teacher and {"revision": teacher.revision, "config": read_config(teacher.directory)},
+        "student": _source_identity(student),
+        "teacher": teacher and _source_identity(teacher),
         "targets": stored and {name: stored.manifest[name] for name in ("fingerprint", "teacher")},
     }
+
+
+def _source_identity(checkpoint: Checkpoint) -> dict:
+    with ShardReader(safetensors_files(checkpoint)) as reader:
+        return {"config": read_config(checkpoint.directory), "files": source_identity(reader)}
+
+
+def _last_checkpoint(directory: str) -> str | None:
+    """The last whole training checkpoint; what a killed process left half-written is removed."""
+    for path in Path(directory).glob("checkpoint-*"):
+        if ranks.rank() == 0 and not (path / TRAINER_STATE_NAME).is_file():  # it is written last
+            shutil.rmtree(path)
+    ranks.wait_for_all()
+    return get_last_checkpoint(directory)
+
+
+def _zeros(model) -> dict[str, np.ndarray]:
+    """Which weights of the experts are zero, one bit each, by the names of the parameters."""
+    return {
+        f"{layer.name}.{projection}": np.packbits((getattr(layer.experts, projection) == 0).numpy())
+        for layer in moe_layers(model)
+        for projection in layer.projections
+    }
+
+
+def _revived(zeros: dict[str, np.ndarray], state: dict) -> int:
+    """Weights that were zero and are not zero now."""
+    return sum(
+        int((np.unpackbits(bits, count=state[name].numel()) & (state[name] != 0).cpu().numpy().ravel()).sum())
+        for name, bits in zeros.items()
+    )
 
 
 def _teacher(recipe, teacher: Checkpoint):
@@ -148,8 +193,16 @@ def window_dataset(windows: torch.Tensor):
 
 
 def _arguments(recipe, directory: Path) -> DistillationArguments:
+    if recipe.device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(
+            "device", recipe.device, "must be auto, cpu or cuda end-to-end; CUDA_VISIBLE_DEVICES says which"
+        )
+    names = {field.name for field in fields(DistillationArguments)}
+    checkpointing = next(name for name in _CHECKPOINTING if name in names)
+    of_a_step = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.world_size()
+    steps = max(1, int(recipe.epochs * recipe.samples / of_a_step))
     taken = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "seed", "bf16")
-    taken += ("activation_checkpointing", "logging_steps", "save_steps", "lora_rank")
+    taken += ("save_steps", "lora_rank")
     taken += ("lmbda", "logit_weight", "temperature", "freeze_router", "router_aux_loss", "allow_dense")
     return DistillationArguments(
         output_dir=str(directory),
@@ -164,6 +217,8 @@ def _arguments(recipe, directory: Path) -> DistillationArguments:
         use_cpu=recipe.device == "cpu",
         ddp_find_unused_parameters=False,  # stacked experts all get a gradient
         report_to="none",
+        logging_steps=min(recipe.logging_steps, steps),  # a short run has a course too
+        **{checkpointing: recipe.activation_checkpointing},
         **{name: getattr(recipe, name) for name in taken},
     )
 
@@ -178,9 +233,11 @@ def _report(recipe, trainer, windows, seconds: float) -> DistillationReport:
         steps=steps,
         trained="lora" if recipe.lora_rank else recipe.trained,
         lmbda=trainer.lmbda,
-        seconds=seconds,
+        seconds=seconds + trainer.seconds_before,
+        processes=trainer.args.world_size,
+        sharded=_is_sharded(),
+        precision=trainer.accelerator.mixed_precision,
         peak_memory_bytes=peak_memory(trainer.args.device),
-        mask_violations=max((row.get("mask_violations", 0) for row in trainer.state.log_history), default=0),
         loss=[row for row in trainer.state.log_history if "train_runtime" not in row],
         **{name: getattr(recipe, name) for name in taken},
     )

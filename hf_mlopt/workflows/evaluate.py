@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 # Below this, shared boilerplate explains what the two texts have in common.
 _OVERLAP_WARNING = 0.05
+# Reports beside a checkpoint that tell which text made it what it is.
+_SEEN_TEXT = (
+    ("pruning_report.json", "calibration", "calibration"),
+    ("distillation_report.json", "dataset", "distillation"),
+)
 
 
 @dataclass
@@ -162,6 +167,9 @@ def _check_outputs(config: EvaluationConfig) -> Path | None:
     for path in (output, output.with_suffix(".png")):
         if path.exists():
             raise ConfigurationError("output", str(path), "exists already; name a new file")
+    existing = next(parent for parent in output.expanduser().resolve().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigurationError("output", config.output, f"cannot be written: {existing} takes no files")
     return output
 
 
@@ -310,14 +318,23 @@ def _average(rows: list[dict], selection) -> dict | None:
 def _calibration_overlap(name: str, directory: Path, token_ids) -> float | None:
     from transformers.utils import logging
 
-    report = directory / "pruning_report.json"
-    sketch = json.loads(report.read_text()).get("calibration", {}).get("sketch") if report.is_file() else None
-    if not sketch:
-        return None
-    shared = overlap([int(number) for number in sketch.split()], token_ids)
-    if shared > _OVERLAP_WARNING:
-        logging.get_logger(__name__).warning(
-            f"{100 * shared:.0f} % of the calibration text also stands in the evaluation text: this perplexity "
-            f"flatters the pruned model {name}. Evaluate on another text, or read it as a training figure."
-        )
-    return shared
+    found = []
+    for file, key, text in _SEEN_TEXT:
+        sketch = _read_report(directory / file).get(key, {}).get("sketch")
+        if sketch:
+            found.append(overlap([int(number) for number in sketch.split()], token_ids))
+            if found[-1] > _OVERLAP_WARNING:
+                logging.get_logger(__name__).warning(
+                    f"{100 * found[-1]:.0f} % of the {text} text also stands in the evaluation text: this perplexity "
+                    f"flatters the model {name}. Evaluate on another text, or read it as a training figure."
+                )
+    return max(found, default=None)
+
+
+def _read_report(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); copy it again, or remove it") from None

@@ -1,5 +1,6 @@
 """`hf-mlopt prune`: reads a checkpoint, prunes it, writes it with its recipe, report and card."""
 
+import json
 import logging
 import os
 import shlex
@@ -122,7 +123,8 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
 
             return prune_streamed(recipe, checkpoint, skeleton, tokenizer, calibration, device)
 
-        from hf_mlopt.pruning import MoEPruner, ranks
+        from hf_mlopt import ranks
+        from hf_mlopt.pruning import MoEPruner
 
         model = load_model(checkpoint, recipe.trust_remote_code)
         report = MoEPruner(recipe.pruning).prune(model, calibration and calibration.token_ids, device=device)
@@ -169,7 +171,7 @@ def _streams(recipe: PruneRecipe, checkpoint: Checkpoint, config, calibration) -
     """Whether to go layer by layer: if asked for, or if the model would not fit."""
     if recipe.stream is not None or recipe.resume or recipe.offload_states:
         return recipe.stream is not False
-    from hf_mlopt.pruning import ranks
+    from hf_mlopt import ranks
 
     tokens = calibration.token_ids.numel() if calibration is not None else 0
     states = tokens * config.get_text_config().hidden_size * 4
@@ -228,7 +230,7 @@ def documents(model, report, recipe: PruneRecipe, checkpoint: Checkpoint, evalua
     return provenance, {
         "README.md": card,
         "recipe.yaml": lambda path: save_yaml(recipe, path),
-        "pruning_report.json": lambda path: _save_json(record, path),
+        "pruning_report.json": json.dumps(record, indent=1) + "\n",
     }
 
 
@@ -262,9 +264,3 @@ def _command(recipe: PruneRecipe) -> str:
         flag = "--" + field.name.replace("_", "-")
         words += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
     return shlex.join(words)
-
-
-def _save_json(record: dict, path: Path) -> None:
-    import json
-
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

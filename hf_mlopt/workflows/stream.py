@@ -37,8 +37,9 @@ def prune_streamed(
     Raises:
         InputError: As [`prune_checkpoint`] does, and if an unfinished run is in the way or is another one.
     """
+    from hf_mlopt import ranks
     from hf_mlopt.moe import decoder_layers, moe_layers
-    from hf_mlopt.pruning import MoEPruner, ranks
+    from hf_mlopt.pruning import MoEPruner
     from hf_mlopt.pruning.pruner import with_fewer_experts
     from hf_mlopt.streaming.layers import StreamedLayers
     from hf_mlopt.streaming.skeleton import load_skeleton, output_layout, unused_tensors
@@ -89,8 +90,8 @@ def prune_streamed(
 
 
 def _open_journal(recipe: PruneRecipe, output: Path, identity: dict, num_layers: int):
+    from hf_mlopt import ranks
     from hf_mlopt.hub.output import unfinished_directory
-    from hf_mlopt.pruning import ranks
     from hf_mlopt.streaming.journal import Journal
 
     journal = Journal(
@@ -110,7 +111,7 @@ def _identity(recipe: PruneRecipe, checkpoint: Checkpoint, reader: ShardReader, 
     import torch
     import transformers
 
-    from hf_mlopt.pruning import ranks
+    from hf_mlopt import ranks
     from hf_mlopt.streaming.journal import SWEEP_FORMAT, source_identity
 
     return {

@@ -1,10 +1,14 @@
 """
-Calibration spread over the processes of `accelerate launch` or `torchrun`: each runs its share of the batches, and the
-statistics are summed. Without `torch.distributed` everything here does nothing.
+Work spread over the processes of `accelerate launch` or `torchrun`: each takes its share, and what they found is put
+together. Without `torch.distributed` everything here does nothing.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+
+from hf_mlopt.errors import InputError
 
 
 def rank() -> int:
@@ -45,6 +49,34 @@ def from_first(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(function: Callable[[], object]):
+    """
+    What `function()` gives in the first process, given to all; only that process calls it.
+
+    Raises:
+        InputError: In every process, if the first was refused: otherwise the others would wait for it.
+    """
+    value, refusal = None, None
+    if rank() == 0:
+        try:
+            value = function()
+        except InputError as error:
+            refusal = str(error)
+    value, refusal = from_first((value, refusal))
+    if refusal is not None:
+        raise InputError(refusal)
+    return value
+
+
+def interleaved(share: list) -> list:
+    """The whole of which every process has every `world_size`-th item, from its own rank on."""
+    if not _several():
+        return share
+    shares = [None] * world_size()
+    dist.all_gather_object(shares, share)
+    return [share[place] for place in range(max(map(len, shares))) for share in shares if place < len(share)]
 
 
 def wait_for_all() -> None:
