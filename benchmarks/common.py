@@ -1,5 +1,6 @@
 """What every benchmark shares: where data and results are, rows written as they finish, ratios taken in pairs."""
 
+import importlib.util
 import json
 import statistics
 import time
@@ -41,6 +42,14 @@ class Results:
     def save(self) -> None:
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+
+
+def require(*packages: str) -> None:
+    """Ends a benchmark that cannot run on this machine, before it does anything."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise SystemExit(f"this benchmark needs {names}, not installed here: python -m pip install {names}")
 
 
 def _short(value):

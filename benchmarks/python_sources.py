@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 SHARES = {"evaluation": 0.015, "calibration": 0.03}  # of all characters, at least; the others are for training
 _LEFT_OUT = {"_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "site-packages", "dist-packages"}
-_LONGEST = 200_000  # characters; longer files are tables that a program wrote
+_LONGEST, _DIGITS = 200_000, 0.2  # characters, and share of digits; beyond are tables that a program wrote
 _BATCH = 1000  # files that are encoded at a time
 
 
@@ -37,9 +37,13 @@ def read_packages(roots: list[Path]) -> dict[str, list[str]]:
             parts = path.relative_to(root).parts
             if _LEFT_OUT.isdisjoint(parts):
                 text = path.read_text(encoding="utf-8", errors="replace")
-                if text.strip() and len(text) <= _LONGEST:
+                if text.strip() and len(text) <= _LONGEST and _digits(text) <= _DIGITS:
                     packages[parts[0].removesuffix(".py")].append(text)
     return dict(packages)
+
+
+def _digits(text: str) -> float:
+    return sum(map(text.count, "0123456789")) / len(text)
 
 
 def split(packages: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:

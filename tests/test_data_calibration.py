@@ -267,3 +267,14 @@ def test_import_is_light():
         "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_held_out_windows_share_nothing_with_the_others_where_the_text_is_short(tmp_path):
+    path = tmp_path / "ids.jsonl"
+    path.write_text(json.dumps({"input_ids": list(range(100))}) + "\n")
+    config = CalibrationConfig(str(path), samples=23, sequence_length=10, calibration_packing="stream")
+    windows = load_calibration(config, held_out=3).token_ids
+    assert windows[-3:].flatten().tolist() == list(range(70, 100))
+    assert windows[:-3].max() < 70
+    with pytest.raises(InputError, match="one window of 10 and 10 held out"):
+        load_calibration(config, held_out=10)

@@ -13,7 +13,10 @@ from hf_mlopt.pruning import METHODS
 
 pytestmark = pytest.mark.e2e
 
-FILES = ["mixtral-demo", "mixtral-demo-50", "perplexity.png", "results.json"]
+FILES = [
+    "continuations.jsonl", "mixtral-demo", "mixtral-demo-50", "mixtral-demo-50-distilled", "perplexity.png",
+    "results.json",
+]  # fmt: skip
 
 
 def results(directory):
@@ -23,7 +26,8 @@ def results(directory):
 def numbers(result):
     """What does not depend on the clock."""
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in result["rows"]]
-    return {"dense": result["dense"], "rows": rows}
+    layers = [{**layer, "seconds": 0} for layer in result["distillation"]["layers"]]
+    return {"dense": result["dense"], "rows": rows, "recovery": result["recovery"], "layers": layers}
 
 
 def printed_table(out):
@@ -99,6 +103,41 @@ def test_the_numbers_of_the_card_are_those_of_the_results(demo):
     report = json.loads((output / "mixtral-demo-50" / "pruning_report.json").read_text())
     assert report["evaluation"][0]["pruned"] == row["perplexity"]
     assert report["evaluation"][0]["dense"] == result["dense"]
+
+
+def test_the_card_of_the_distilled_model_holds_what_was_measured_of_the_three(demo):
+    output, outcome = demo
+    folder = output / "mixtral-demo-50-distilled"
+    rows, card = results(output)["recovery"], ModelCard.load(folder / "README.md")
+    assert [row["model"] for row in rows] == ["mixtral-demo", "mixtral-demo-50", "mixtral-demo-50-distilled"]
+    dense, pruned, distilled = rows
+    assert len({row["perplexity"] for row in rows}) == 3
+    assert dense["perplexity"] == pytest.approx(results(output)["dense"], rel=1e-6)
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert measured["perplexity"] == pytest.approx(distilled["perplexity"], abs=1e-3)
+    assert measured["acc"] == pytest.approx(distilled["accuracy"])
+    for row in rows:
+        assert f"{row['perplexity']:.2f}" in card.text
+        assert f"{row['model']:<28} {row['perplexity']:>11.2f}" in outcome.out
+    assert str(output.parent) not in card.content
+    questions = (output / "continuations.jsonl").read_text().splitlines()
+    assert len(questions) == distilled["questions"] == 8
+
+
+def test_the_distilled_model_has_the_zeros_of_the_pruned_one_and_can_be_pushed(demo):
+    output, _ = demo
+    before, after = (weights(output / name) for name in ("mixtral-demo-50", "mixtral-demo-50-distilled"))
+    experts = [name for name in before if ".experts." in name]
+    assert experts and all(((before[name] == 0) == (after[name] == 0)).all() for name in experts)
+    for name in ("mixtral-demo-50", "mixtral-demo-50-distilled"):
+        assert "model.safetensors" in succeed("push", output / name, "user/model", "--dry-run").out
+
+
+def test_the_recipe_distils_the_pruned_model_to_the_same_bits(demo, tmp_path):
+    output, _ = demo
+    folder = output / "mixtral-demo-50-distilled"
+    succeed("distill", "--config", folder / "recipe.yaml", "--output", tmp_path / "again")
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
 def test_the_perplexities_are_those_of_the_checkpoints(demo, tmp_path):
@@ -189,6 +228,9 @@ def test_the_full_demo(tmp_path):
     assert len(printed_table(outcome.out)) == 1 + 2 * len(METHODS)
     assert_table_is_that_of(result, outcome.out)
     assert result["dense"] < 100  # of 2048: it has learnt
+    dense, pruned, distilled = (row["perplexity"] for row in result["recovery"])
+    assert dense < distilled < pruned
+    assert all(row["accuracy"] > 0.35 for row in result["recovery"])  # of four choices
     for row in result["rows"]:
         requested = 0.5 if row["sparsity"] is None else row["sparsity"]
         assert row["achieved_sparsity"] == pytest.approx(requested, abs=1 / 128)

@@ -1,6 +1,7 @@
 """`hf-mlopt distill --mode end-to-end`: what it writes, interrupted and gone on with, adapters, stored targets."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_mlopt.distillation import ExpertDistillationTrainer
 from hf_mlopt.hub.checkpoint import read_config
+from hf_mlopt.training import KeepZerosCallback
 
 
 pytestmark = pytest.mark.e2e
@@ -108,6 +110,47 @@ def test_interrupted_and_gone_on_with_is_uninterrupted(work, tmp_path, monkeypat
     assert not (tmp_path / ".out.unfinished").exists()
 
 
+def test_a_checkpoint_that_a_kill_left_half_written_is_not_gone_on_from(work, tmp_path, monkeypatch):
+    real = ExpertDistillationTrainer._save_optimizer_and_scheduler
+
+    def killed(trainer, output_dir):
+        if output_dir.endswith("checkpoint-6"):
+            raise KeyboardInterrupt
+        real(trainer, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertDistillationTrainer, "_save_optimizer_and_scheduler", killed)
+        assert hf_mlopt(*words(work, tmp_path / "out")).status == 130
+    assert (tmp_path / ".out.unfinished" / "training" / "checkpoint-6").is_dir()
+    succeed(*words(work, tmp_path / "out", "--resume"))
+    left, right = weights(work / "distilled"), weights(tmp_path / "out")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("changed", ["student", "teacher"])
+def test_other_weights_are_not_gone_on_with(work, tmp_path, monkeypatch, changed):
+    for name in ("student", "teacher", "ids.jsonl"):
+        (shutil.copytree if (work / name).is_dir() else shutil.copy)(work / name, tmp_path / name)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertDistillationTrainer, "training_step", interrupted)
+        assert hf_mlopt(*words(tmp_path, tmp_path / "out")).status == 130
+    other = make_family("mixtral", torch.bfloat16, seed=5)
+    prune(other)
+    other.save_pretrained(tmp_path / changed)
+    assert f"{changed}.files" in refused(*words(tmp_path, tmp_path / "out", "--resume"))
+
+
+def test_weights_that_come_back_are_counted_in_what_is_written(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(KeepZerosCallback, "on_train_begin", lambda *args, **kwargs: None)
+    succeed(*words(work, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "distillation_report.json").read_text())["mask_violations"] > 1000
+    assert "are not zero any more" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_adapters_are_merged(work, tmp_path):
     succeed(*words(work, tmp_path / "out", "--lora-rank", 4, "--learning-rate", 1e-2))
     assert_zeros_stayed(work / "student", tmp_path / "out")
@@ -190,4 +233,6 @@ def test_two_processes_write_what_one_does(work, tmp_path, form):
         json.loads((path / "distillation_report.json").read_text()) for path in (work / "distilled", tmp_path / "out")
     )
     assert two["tokens"] == one["tokens"] and two["steps"] == one["steps"]
+    assert (two["processes"], two["sharded"]) == (2, form != "ddp")
+    assert "accelerate launch --num_processes 2" in (tmp_path / "out" / "README.md").read_text()
     assert two["loss"][1]["ce"] == pytest.approx(one["loss"][1]["ce"], rel=1e-4)

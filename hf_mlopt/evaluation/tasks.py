@@ -226,6 +226,8 @@ def write_tasks(tasks: list[LocalTask], directory: str | Path) -> list[Path]:
     """
     if not tasks:
         raise ConfigurationError("write_tasks", str(directory), "no local file is among the tasks; nothing to write")
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise ConfigurationError("write_tasks", str(directory), "is a file; name a folder")
     paths = [Path(directory) / f"{task.harness_name}.yaml" for task in tasks]
     for path in paths:
         if path.exists():

@@ -9,6 +9,9 @@ from hf_mlopt.planning.shape import ModelShape
 from hf_mlopt.planning.training_memory import Training, end_to_end_peak, host_bytes, weights_of
 
 
+_FSDP2 = "--config_file accelerate/fsdp2.yaml (hf-mlopt recipes copy accelerate/fsdp2 --output .)"
+
+
 _LORA_RANK = 16  # where the recipe names none
 
 
@@ -196,5 +199,5 @@ def _how(way: Way) -> str:
     if "LoRA" in way.name:
         words += f" --lora-rank {way.name.rpartition(' ')[2]}"
     if way.place.startswith("FSDP2"):
-        return f"{words} under accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
+        return f"{words} under accelerate launch {_FSDP2}"
     return f"{words} on {way.place}" if not way.place.startswith("DDP") else f"{words} under accelerate launch"
