@@ -31,7 +31,8 @@ def draw(results: Results) -> None:
     for axes, (panel, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes, found)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, frameon=False, fontsize=8, ncols=len(names[0]), loc="outside lower center")
     figure.savefig(results.path.with_suffix(".png"), dpi=130)
 
 
