@@ -75,7 +75,8 @@ def test_the_table_has_a_row_for_every_variant(demo):
 def test_it_says_the_commands_for_a_real_model(demo):
     _, outcome = demo
     assert "hf-mlopt prune mistralai/Mixtral-8x7B-v0.1 --sparsity 0.5 --output mixtral-8x7b-50" in outcome.out
-    assert "hf-mlopt evaluate mixtral-8x7b-50 --perplexity wikitext" in outcome.out
+    assert "hf-mlopt distill mixtral-8x7b-50 --teacher mistralai/Mixtral-8x7B-v0.1" in outcome.out
+    assert "mixtral-8x7b-50-distilled --perplexity wikitext" in outcome.out
 
 
 def test_there_is_a_bar_for_training_and_one_for_the_variants(demo):

@@ -289,11 +289,13 @@ def test_resuming_is_bit_exact(tmp_path):
     straight = make_trainer(student, teacher, tmp_path / "straight", **settings)
     straight.train()
     lmbda = logs(straight)[0]["lmbda"]
-    assert json.loads((tmp_path / "straight" / "checkpoint-2" / "distillation.json").read_text()) == {"lmbda": lmbda}
+    state = json.loads((tmp_path / "straight" / "checkpoint-2" / "distillation.json").read_text())
+    assert state["lmbda"] == lmbda and state["seconds"] > 0
 
     other, _ = make_pair(seed=1, attention_dropout=0.2)  # other weights, and other zeros
     resumed = make_trainer(other, teacher, tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert resumed.seconds_before == state["seconds"]  # a report tells the time of both parts
     assert logs(resumed) == logs(straight) and [line["lmbda"] for line in logs(resumed)] == [lmbda] * 4
     assert same(student, other) and all(map(torch.equal, zeros_of(other), zeros_of(make_pair()[0])))
     folders = [tmp_path / name / "checkpoint-4" for name in ("straight", "resumed")]

@@ -236,7 +236,7 @@ def test_ddp_is_refused_where_a_replica_does_not_fit(pair):
     assert "What fits: --mode layerwise on one GPU" in plan.conflicts[0]
     shared = next(way for way in plan.ways if way.label == "end-to-end, FSDP2 on 4").gpu.total
     plan = planned(pair, mode="end-to-end", gpus=4, gpu_memory=max(roomy, shared))
-    assert "recipes/accelerate/fsdp2.yaml" in plan.conflicts[0]
+    assert "hf-mlopt recipes copy accelerate/fsdp2" in plan.conflicts[0]
     assert planned(pair, mode="end-to-end", gpus=4, gpu_memory=shared, sharded=True).conflicts == []
 
 

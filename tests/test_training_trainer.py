@@ -1,12 +1,11 @@
 """MLOptTrainer: what it keeps through a checkpoint, on one process and on two, and its optimizers by name."""
 
 import json
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from transformers import AutoConfig, TrainerCallback, TrainingArguments
 
 from hf_mlopt.errors import ConfigurationError, InputError
@@ -241,19 +240,12 @@ def test_zeros_stay_zero_and_the_rest_trains(tiny_mixtral, tmp_path):
     assert not torch.equal(model.model.layers[0].mlp.experts.down_proj == 0, before == 0)
 
 
-def _run_rank(rank, world_size, port, make_model, folder):
+def _run_rank(rank, make_model, folder):
     """One of two ranks: trains straight through, then resumes from the middle with fresh objects."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):  # forked: forget the parent's single process
         state._reset_state()
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(world_size),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-    )
     settings = {"ddp_find_unused_parameters": False, "ddp_backend": "gloo"}
     straight, residual = make_trainer_with_residual(make_model(), folder, rank, **settings)
     straight.train()
@@ -270,17 +262,11 @@ def _run_rank(rank, world_size, port, make_model, folder):
         "resumed_weights": list(resumed.model.state_dict().values()),
     }
     torch.save(results, folder / f"results_{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_two_ranks_each_restore_their_own_state(tiny_mixtral, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _run_rank, args=(2, port, tiny_mixtral, tmp_path), nprocs=2, start_method="fork"
-    )
+    assert together(lambda rank: _run_rank(rank, tiny_mixtral, tmp_path), group=False) == [None, None]
     ranks = [torch.load(tmp_path / f"results_{rank}.pt", weights_only=True) for rank in (0, 1)]
     for results in ranks:
         assert results["world_size"] == 2 and results["backend"] == "gloo"

@@ -117,7 +117,7 @@ def test_its_own_calibration_text_is_warned_about(pruned, texts, tmp_path):
     record, outcome = evaluate(pruned, texts["train"], output=tmp_path / "result.json")
     assert record["calibration_overlap"] > 0.95
     assert f"WARNING: {100 * record['calibration_overlap']:.0f} % {WARNING}" in outcome.err
-    assert "flatters the pruned model pruned" in outcome.err
+    assert "flatters the model pruned" in outcome.err
 
 
 def test_another_text_is_not_warned_about(pruned, texts, tmp_path):

@@ -358,7 +358,7 @@ def test_a_run_stopped_while_writing_leaves_nothing_and_can_be_repeated(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_mlopt.workflows.prune._save_json", fail)
+        patch.setattr("hf_mlopt.workflows.prune.save_yaml", fail)
         if isinstance(error, KeyboardInterrupt):
             assert hf_mlopt(*words).status == 130
         else:

@@ -1,5 +1,6 @@
 """The end-to-end form of `hf-mlopt distill`: student and teacher side by side in a Trainer, also in many processes."""
 
+import gc
 import os
 import shutil
 import time
@@ -91,6 +92,8 @@ def distill_end_to_end(recipe, student: Checkpoint, teacher: Checkpoint | None, 
             _write(recipe, model, state, student, teacher, tokenizer, windows, report, output)
             shutil.rmtree(unfinished_directory(output))
         ranks.wait_for_all()
+        del trainer, model
+        gc.collect()  # DDP holds the process group, which may hang when it ends before DDP does
     return report, output
 
 
