@@ -1,4 +1,4 @@
-"""A multiple-choice task from the held-out part of the embedded text: which continuation belongs to this beginning?"""
+"""A multiple-choice task from the held-out part of the embedded text: in which order do the next words stand?"""
 
 import json
 import random
@@ -12,13 +12,13 @@ _QUERY, _CHOICE, _CHOICES = 30, 8, 4  # words, words, choices a question
 
 def write_task(path: Path, questions: int, seed: int = 0) -> None:
     """
-    Writes rows of `{query, choices, gold}`: a beginning of 30 words, its next 8, and 3 wrong pieces of as many words
-    from elsewhere in the held-out text.
+    Writes rows of `{query, choices, gold}`: a beginning of 30 words, its next 8, and these three times with two of
+    them exchanged. As all choices are made of the same words, a model cannot go by their length or how common they are.
 
     Args:
         path (`Path`): A .jsonl file.
         questions (`int`): How many to write, at most; the text has about 100.
-        seed (`int`, *optional*, defaults to 0): Seed of the order and of the wrong choices.
+        seed (`int`, *optional*, defaults to 0): Seed of the questions and of the wrong orders.
     """
     words = " ".join(embedded_corpus("test")).split()
     pieces = [words[start : start + _QUERY + _CHOICE] for start in range(0, len(words), _QUERY + _CHOICE)]
@@ -26,8 +26,13 @@ def write_task(path: Path, questions: int, seed: int = 0) -> None:
     chance = random.Random(seed)
     lines = []
     for number in chance.sample(range(len(pieces)), min(questions, len(pieces))):
-        others = chance.sample([piece for place, piece in enumerate(pieces) if place != number], _CHOICES - 1)
-        choices = [" ".join(piece[_QUERY:]) for piece in [pieces[number], *others]]
+        following = pieces[number][_QUERY:]
+        choices = [" ".join(following)]
+        while len(choices) < _CHOICES:
+            first, second = chance.sample(range(_CHOICE), 2)
+            wrong = [*following]
+            wrong[first], wrong[second] = wrong[second], wrong[first]
+            choices += [" ".join(wrong)] if " ".join(wrong) not in choices else []
         order = chance.sample(range(_CHOICES), _CHOICES)
         row = {
             "query": " ".join(pieces[number][:_QUERY]),
