@@ -13,7 +13,7 @@ _QUERY, _CHOICE, _CHOICES = 30, 8, 4  # words, words, choices a question
 def write_task(path: Path, questions: int, seed: int = 0) -> None:
     """
     Writes rows of `{query, choices, gold}`: a beginning of 30 words, its next 8, and these three times with two of
-    them exchanged. As all choices are made of the same words, a model cannot go by their length or how common they are.
+    them exchanged. As all choices are made of the same words, a model cannot go by length or by how common they are.
 
     Args:
         path (`Path`): A .jsonl file.
