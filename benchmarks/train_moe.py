@@ -15,8 +15,8 @@ training goes on from a state written every 90 seconds, the table after its last
 
 The first time on a machine whose commands end after 10 minutes, one after the other while its disk is kept:
 
-    1. python benchmarks/train_moe.py train --folder /tmp/trial --minutes 0.3 --characters 2e7 &&
-       python benchmarks/train_moe.py quality --folder /tmp/trial --minutes 1 --out ''   # a trial of everything
+    1. python benchmarks/train_moe.py train --folder trial --minutes 0.3 --characters 2e7 &&
+       python benchmarks/train_moe.py quality --folder trial --minutes 1 --out ''   # a trial of everything
     2. python benchmarks/train_moe.py train
     3. python benchmarks/train_moe.py quality && python benchmarks/train_moe.py plot
 
