@@ -8,7 +8,7 @@ from typing import Literal
 from hf_mlopt.data import CalibrationConfig, load_calibration
 from hf_mlopt.distillation.config import LayerwiseConfig
 from hf_mlopt.errors import ConfigurationError, InputError
-from hf_mlopt.hub import Checkpoint, check_output, resolve_checkpoint
+from hf_mlopt.hub import Checkpoint, resolve_checkpoint
 from hf_mlopt.planning import check_distillation_memory
 from hf_mlopt.workflows.loading import (
     build_skeleton,
@@ -18,7 +18,7 @@ from hf_mlopt.workflows.loading import (
     load_model,
     load_tokenizer,
 )
-from hf_mlopt.workflows.prune import check_states_directory, was_complete
+from hf_mlopt.workflows.prune import check_places
 
 
 logger = logging.getLogger(__name__)
@@ -217,11 +217,7 @@ def distill_checkpoint(recipe: DistillRecipe):
         )
     student = resolve_checkpoint(recipe.student, recipe.student_revision)
     teacher = resolve_checkpoint(recipe.teacher, recipe.teacher_revision) if recipe.teacher else None
-    if recipe.resume and was_complete(recipe.output):
-        raise ConfigurationError("resume", True, f"the run is complete: {recipe.output} holds the checkpoint")
-    check_output(recipe.output, 0 if recipe.resume else student.weight_bytes or 0)
-    if recipe.offload_states:
-        check_states_directory(recipe.offload_states)
+    check_places(recipe, student.weight_bytes or 0)
     with launched_processes(recipe.device) as own_device:
         device = own_device or choose_device(recipe.device)
         tokenizer, skeleton = _check_pair(recipe, student, teacher)

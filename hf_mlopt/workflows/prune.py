@@ -108,11 +108,7 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
         if not getattr(recipe, name):
             raise ConfigurationError(name, getattr(recipe, name), "is needed, on the command line or in the recipe")
     checkpoint = resolve_checkpoint(recipe.model, recipe.revision)
-    if recipe.resume and was_complete(recipe.output):
-        raise ConfigurationError("resume", True, f"the run is complete: {recipe.output} holds the checkpoint")
-    check_output(recipe.output, 0 if recipe.resume else checkpoint.weight_bytes or 0)
-    if recipe.offload_states:
-        check_states_directory(recipe.offload_states)
+    check_places(recipe, checkpoint.weight_bytes or 0)
     with launched_processes(recipe.device) as own_device:
         device = own_device or choose_device(recipe.device)
         skeleton = _check_architecture(checkpoint, recipe)
@@ -136,7 +132,22 @@ def prune_checkpoint(recipe: PruneRecipe) -> "tuple[PruningReport, Path]":
         return report, Path(recipe.output).expanduser().resolve()
 
 
-def was_complete(output: str) -> bool:
+def check_places(recipe, weight_bytes: int) -> None:
+    """
+    Refuses a recipe whose output or states cannot be written, before any expensive work.
+
+    Args:
+        recipe: Its `output`, `resume` and `offload_states` count.
+        weight_bytes (`int`): Bytes that will be written.
+    """
+    if recipe.resume and _was_complete(recipe.output):
+        raise ConfigurationError("resume", True, f"the run is complete: {recipe.output} holds the checkpoint")
+    check_output(recipe.output, 0 if recipe.resume else weight_bytes)
+    if recipe.offload_states:
+        _check_states_directory(recipe.offload_states)
+
+
+def _was_complete(output: str) -> bool:
     """Whether a run was killed when its checkpoint had its name; what it left beside that is removed."""
     path = Path(output).expanduser().resolve()
     unfinished = unfinished_directory(path)
@@ -146,7 +157,7 @@ def was_complete(output: str) -> bool:
     return True
 
 
-def check_states_directory(directory: str) -> None:
+def _check_states_directory(directory: str) -> None:
     """Raises `ConfigurationError` if states cannot be kept in a directory, which is made if it is absent."""
     path = Path(directory).expanduser().resolve()
     try:
