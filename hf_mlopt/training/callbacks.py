@@ -66,6 +66,15 @@ class KeepZerosCallback(TrainerCallback):
         self._zeros, self._hooks = [], []
 
 
+class EvaluationPointCallback(TrainerCallback):
+    """Leaves a trained model at the point that is evaluated and saved, for optimizers that train at another."""
+
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
+        switch = getattr(optimizer, "eval", None)
+        if callable(switch):
+            switch()
+
+
 def sparsity_of(parameter: torch.Tensor) -> float:
     """Fraction of zeros, over the shards of all ranks where the parameter is sharded."""
     zeros = (parameter.detach() == 0).sum()  # a mean of means would be wrong where shards differ in size

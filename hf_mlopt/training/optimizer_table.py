@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.optimizers.domo_variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,16 @@ class OptimizerEntry:
         name (`str`): Value of `mlopt_optim`.
         target (`str`): `module:Class`, imported when it is used.
         defaults (`Mapping[str, Any]`, *optional*): Keywords that differ from the class's own defaults.
-        from_arguments (`Mapping`, *optional*): Keyword to the field, or the tuple of fields, of `TrainingArguments`
-            that holds it.
+        from_arguments (`Mapping`, *optional*): Keyword to the field, the tuple or the mapping of fields, of
+            `TrainingArguments` that holds it.
+        has_rounds (`bool`, *optional*, defaults to `False`): Whether it takes local steps and averages then.
     """
 
     name: str
     target: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    from_arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    from_arguments: Mapping[str, Any] = field(default_factory=dict)
+    has_rounds: bool = False
 
     def load(self) -> type:
         """Returns the optimizer class."""
@@ -35,13 +38,24 @@ class OptimizerEntry:
         return getattr(import_module(module), attribute)
 
 
+_ADAM = {"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"}
+_WRAPPER = "hf_mlopt.optimizers.rsgd_wrapper:RSGDWrapper"
 _ENTRIES = (
-    OptimizerEntry(
-        "adamw",
-        "torch.optim:AdamW",
-        from_arguments={"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"},
-    ),
+    OptimizerEntry("adamw", "torch.optim:AdamW", from_arguments=_ADAM),
     OptimizerEntry("sgd", "torch.optim:SGD"),
+    OptimizerEntry("rsgd", "hf_mlopt.optimizers.rsgd:RSGD"),
+    OptimizerEntry("rsgdm", "hf_mlopt.optimizers.rsgd:RSGD", {"momentum": 0.9}),
+    OptimizerEntry("rsgd-adamw", _WRAPPER, {"base": "AdamW"}, from_arguments={"base_args": _ADAM}),
+    *(
+        OptimizerEntry(
+            name,
+            "hf_mlopt.optimizers.domo:DOMO",
+            {"variant": name},
+            from_arguments={"base_args": _ADAM} if variant.base == "AdamW" else {},
+            has_rounds=True,
+        )
+        for name, variant in VARIANTS.items()
+    ),
 )
 OPTIMIZERS = {entry.name: entry for entry in _ENTRIES}
 
@@ -81,7 +95,8 @@ def optimizer_cls_and_kwargs(
     """
     entry = optimizer_entry(name)
     optimizer_cls = entry.load()
-    allowed = set(inspect.signature(optimizer_cls).parameters) - {"params", *_OWN_FIELDS}
+    fixed = {"variant", "base"} & set(entry.defaults)  # the name says these
+    allowed = set(inspect.signature(optimizer_cls).parameters) - {"params", *_OWN_FIELDS} - fixed
     for key, value in (optim_args or {}).items():
         if key in _OWN_FIELDS:
             raise ConfigurationError(f"mlopt_optim_args.{key}", value, f"set {_OWN_FIELDS[key]} instead")
@@ -89,8 +104,13 @@ def optimizer_cls_and_kwargs(
             remedy = f"{name} takes {', '.join(sorted(allowed))}"
             raise ConfigurationError(f"mlopt_optim_args.{key}", value, remedy)
     from_arguments = {key: _read(args, source) for key, source in entry.from_arguments.items()}
-    return optimizer_cls, {"lr": args.learning_rate, **entry.defaults, **from_arguments, **(optim_args or {})}
+    keywords = {"lr": args.learning_rate, **entry.defaults, **from_arguments, **(optim_args or {})}
+    if "base_args" in from_arguments and not (optim_args or {}).get("base"):
+        keywords["base_args"] = {**from_arguments["base_args"], **((optim_args or {}).get("base_args") or {})}
+    return optimizer_cls, keywords
 
 
-def _read(args: TrainingArguments, source: str | tuple[str, ...]):
+def _read(args: TrainingArguments, source: str | tuple | Mapping):
+    if isinstance(source, Mapping):
+        return {key: _read(args, value) for key, value in source.items()}
     return tuple(getattr(args, name) for name in source) if isinstance(source, tuple) else getattr(args, source)

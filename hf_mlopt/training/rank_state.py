@@ -13,11 +13,16 @@ logger = logging.get_logger(__name__)
 
 
 class RankState(Protocol):
-    """An object with state. Its `state_dict` holds tensors, numbers, strings and plain containers of them."""
+    """
+    An object with state. Its `state_dict` holds tensors, numbers, strings and plain containers of them; `reset` begins
+    afresh in place of a state that cannot be used.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def reset(self) -> None: ...
 
 
 def save_rank_state(states: dict[str, RankState], folder: str | Path, rank: int, world_size: int) -> None:
@@ -60,7 +65,7 @@ def load_rank_state(states: dict[str, RankState], folder: str | Path, rank: int,
     if written_by != world_size:
         raise InputError(
             f"resume_from_checkpoint={str(folder)!r}: written by {written_by} processes, resumed by {world_size}; "
-            f"start {written_by}, or delete its mlopt_rank_state_*.pt to begin these states afresh"
+            f"start {written_by}, or begin what each rank has kept afresh with reset_local_state"
         )
     own = saved["states"] if readable == path else {}
     for name, state in states.items():

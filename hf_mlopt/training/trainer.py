@@ -9,9 +9,13 @@ from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
 from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.optimizers import DOMO
 from hf_mlopt.training.arguments import MLOptTrainingArguments
-from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs
+from hf_mlopt.training.callbacks import EvaluationPointCallback
+from hf_mlopt.training.local_steps import LocalState, LocalStepsCallback, unwrapped
+from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs, optimizer_entry
 from hf_mlopt.training.rank_state import RankState, load_rank_state, save_rank_state
+from hf_mlopt.training.silos import keep_whole
 from hf_mlopt.training.weights import load_converted_weights
 
 
@@ -39,6 +43,37 @@ class MLOptTrainer(Trainer):
         self._rank_states: dict[str, RankState] = {}
         self._source_use_cache = _use_cache(model)
         super().__init__(model=model, args=args, **kwargs)
+        self._set_up_two_points()
+
+    def _set_up_two_points(self) -> None:
+        """For optimizers that train at one point and are evaluated at another."""
+        callbacks = self.callback_handler.callbacks
+        if self._has_rounds():
+            self.register_rank_state("local_steps", LocalState(self))
+            # Right after the one that decides what a step ends with, before those of the user.
+            callbacks.insert(1, LocalStepsCallback(self))
+        callbacks.insert(2, EvaluationPointCallback())
+
+    def _has_rounds(self) -> bool:
+        name = getattr(self.args, "mlopt_optim", None)
+        passed = unwrapped(self.optimizer) if self.optimizer is not None else None
+        return (
+            isinstance(passed, DOMO)
+            or (name is not None and optimizer_entry(name).has_rounds)
+            or getattr(self.args, "local_steps", 1) > 1
+        )
+
+    def get_train_dataloader(self):
+        dataloader = super().get_train_dataloader()
+        if getattr(self.args, "per_rank_data", False):
+            keep_whole(dataloader)
+        return dataloader
+
+    def to_evaluation_point(self) -> None:
+        """Has the model stand where it is evaluated and saved; the next training step moves it back."""
+        switch = getattr(self.optimizer, "eval", None)
+        if callable(switch):
+            switch()
 
     def register_rank_state(self, name: str, state: RankState) -> None:
         """
@@ -61,6 +96,7 @@ class MLOptTrainer(Trainer):
         return model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.to_evaluation_point()  # a checkpoint comes without an evaluation before it
         # Trainer turns `use_cache` off to train; written to disk, it would slow down every later generation.
         while_training = _use_cache(self.model)
         _set_use_cache(self.model, self._source_use_cache)
@@ -93,7 +129,10 @@ class MLOptTrainer(Trainer):
         if self.args.device.type == "cpu":
             _accept_numbered_cpus()
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None and getattr(self.args, "reset_local_state", False):
+            for state in self._rank_states.values():
+                state.reset()
+        elif checkpoint is not None:
             load_rank_state(self._rank_states, checkpoint, self.args.process_index, self.args.world_size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -101,6 +140,7 @@ class MLOptTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        self.to_evaluation_point()  # where the best weights were, so that nothing moves them afterwards
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded or not load_converted_weights(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
