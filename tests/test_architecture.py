@@ -14,16 +14,9 @@ ROOT = PACKAGE.parent
 # Each room imports only from earlier layers, and from itself. Part of a room may lie lower than the rest of it.
 LAYERS = (
     {"errors", "configuration", "lazy", "ranks", "resources"},
-    {
-        "moe",
-        "optimizers",
-        "communication.quantizers",
-        "communication.packing",
-        "secure_sum",
-        "federated.algorithms",
-        "vertical.updates",
-    },
-    {"pruning", "hub", "evaluation", "data"},
+    {"moe", "optimizers", "communication.packing", "secure_sum", "federated.algorithms", "vertical.updates"},
+    {"communication.quantizers"},
+    {"pruning", "hub", "evaluation", "data", "models"},
     {"training", "communication", "streaming", "planning", "speed"},
     {"distillation", "pipeline", "federated", "vertical"},
     {"workflows"},
