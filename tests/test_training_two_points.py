@@ -4,9 +4,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_nets import Net, examples, make_trainer, state_of
+from transformers import TrainerCallback
 
 from hf_mlopt.optimizers import RSGD
 from hf_mlopt.training.optimizer_table import OPTIMIZERS
+
+
+class StopAt(TrainerCallback):
+    """Ends training early, so that nothing is evaluated or saved after the step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 def saved(folder):
@@ -50,13 +61,15 @@ def test_a_checkpoint_without_an_evaluation_holds_the_evaluation_point(tmp_path)
 @pytest.mark.parametrize("point", ["x", "y", "w"])
 def test_the_best_model_is_what_was_evaluated(tmp_path, point):
     trainer = make_trainer(
-        tmp_path, mlopt_optim="rsgdm", mlopt_optim_args={"eval_point": point}, learning_rate=0.3, max_steps=12,
+        tmp_path, [StopAt(13)], mlopt_optim="rsgdm", mlopt_optim_args={"eval_point": point}, learning_rate=0.3,
+        max_steps=20,
         eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
         lr_scheduler_type="constant", metric_for_best_model="eval_loss", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
     best = max(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
-    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-12")  # or nothing would be reloaded
+    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-12")  # or nothing would move
+    assert trainer.state.global_step == 13
     assert saved(tmp_path / trainer.state.best_model_checkpoint.split("/")[-1]) == state_of(trainer.model)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
     trainer.save_model(str(tmp_path / "final"))
@@ -67,13 +80,14 @@ def test_the_best_model_is_what_was_evaluated(tmp_path, point):
 def test_the_best_model_of_an_optimizer_with_rounds(tmp_path, point):
     """Training stops within a round: the best weights must not be averaged with anything."""
     trainer = make_trainer(
-        tmp_path, mlopt_optim="domo", local_steps=4, learning_rate=0.01, max_steps=14, eval_strategy="steps",
+        tmp_path, [StopAt(14)], mlopt_optim="domo", local_steps=4, learning_rate=0.01, max_steps=20,
+        eval_strategy="steps",
         eval_steps=4, save_strategy="steps", save_steps=4, load_best_model_at_end=True,
         lr_scheduler_type="constant", mlopt_optim_args={"eval_point": point}, metric_for_best_model="eval_loss",
         greater_is_better=True,
     )  # fmt: skip
     trainer.train()
-    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-14")
+    assert trainer.state.global_step == 14
     assert saved(tmp_path / trainer.state.best_model_checkpoint.split("/")[-1]) == state_of(trainer.model)
 
 

@@ -1,9 +1,8 @@
 """A small Mixtral, trained here on English text that every Python installation carries."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from hf_mlopt.data import embedded_corpus, tokenize_corpus
+from hf_mlopt.data import byte_tokenizer, embedded_corpus, token_windows, tokenize_corpus
 from hf_mlopt.training import MLOptTrainer, MLOptTrainingArguments
 
 
@@ -12,25 +11,9 @@ CONTEXT = 128
 
 def train_tokenizer(vocab_size: int = 2048) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the embedded training text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        embedded_corpus("train"),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<s>", "</s>", "<pad>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=CONTEXT,
-    )
+    tokenizer = byte_tokenizer(embedded_corpus("train"), vocab_size)
+    tokenizer.model_max_length = CONTEXT
+    return tokenizer
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MixtralForCausalLM:
@@ -58,11 +41,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MixtralForCaus
 
 def train(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, scratch: str) -> None:
     """Trains on windows of the embedded training text, on the CPU, so that the same seed gives the same numbers."""
-    from datasets import Dataset
-
     stream = tokenize_corpus(embedded_corpus("train"), tokenizer)
-    windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    dataset = Dataset.from_dict({"input_ids": windows.tolist(), "labels": windows.tolist()})
+    dataset = token_windows(stream, CONTEXT)
     arguments = MLOptTrainingArguments(
         output_dir=scratch,
         max_steps=steps,

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from hf_mlopt.data import CalibrationConfig, load_calibration
+from hf_mlopt.data import CalibrationConfig, load_calibration, window_dataset
 from hf_mlopt.distillation.config import LayerwiseConfig
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.hub import Checkpoint, resolve_checkpoint
@@ -250,7 +250,6 @@ def store_targets(recipe: DistillRecipe) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigurationError("store_targets", recipe.store_targets, "is done by one process")
     from hf_mlopt.distillation import stored
-    from hf_mlopt.workflows.distill_end_to_end import window_dataset
 
     student = resolve_checkpoint(recipe.student, recipe.student_revision)
     teacher = resolve_checkpoint(recipe.teacher, recipe.teacher_revision)

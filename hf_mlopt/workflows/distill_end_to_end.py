@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mlopt import __version__, ranks
 from hf_mlopt.configuration import to_dict
+from hf_mlopt.data import window_dataset
 from hf_mlopt.distillation import DistillationArguments, ExpertDistillationTrainer, StoredTargets
 from hf_mlopt.distillation.lora import add_masked_lora, merge_masked_lora
 from hf_mlopt.distillation.report import DistillationReport
@@ -186,13 +187,6 @@ def _merged(recipe, model, state: dict, student: Checkpoint):
         model = whole
     merged = merge_masked_lora(model)
     return merged, merged.state_dict()
-
-
-def window_dataset(windows: torch.Tensor):
-    """Windows of token ids, `[windows, length]`, as rows that a Trainer takes."""
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": windows.tolist(), "labels": windows.tolist()})
 
 
 def _arguments(recipe, directory: Path) -> DistillationArguments:
