@@ -6,6 +6,7 @@ from hf_mlopt.lazy import lazy_names
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DOMO": "hf_mlopt.optimizers",
     "DistillationArguments": "hf_mlopt.distillation",
     "ExpertDistillationTrainer": "hf_mlopt.distillation",
     "LayerwiseConfig": "hf_mlopt.distillation",
@@ -15,6 +16,8 @@ _PUBLIC = {
     "MoEPruner": "hf_mlopt.pruning",
     "PruningConfig": "hf_mlopt.pruning",
     "PruningReport": "hf_mlopt.pruning",
+    "RSGD": "hf_mlopt.optimizers",
+    "RSGDWrapper": "hf_mlopt.optimizers",
     "distill_layerwise": "hf_mlopt.distillation",
     "evaluate_tasks": "hf_mlopt.evaluation",
     "moe_layers": "hf_mlopt.moe",

@@ -28,6 +28,7 @@ LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in room
 BASE = LAYERS[0]  # these are single modules and may use one another
 
 PUBLIC_NAMES = [
+    "DOMO",
     "DistillationArguments",
     "ExpertDistillationTrainer",
     "LayerwiseConfig",
@@ -37,6 +38,8 @@ PUBLIC_NAMES = [
     "MoEPruner",
     "PruningConfig",
     "PruningReport",
+    "RSGD",
+    "RSGDWrapper",
     "distill_layerwise",
     "evaluate_tasks",
     "moe_layers",
