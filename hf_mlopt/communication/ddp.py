@@ -1,0 +1,216 @@
+"""Compression in two lines, for a model that DDP has wrapped: plain loops, accelerate and Trainer alike."""
+
+import hashlib
+import json
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import logging
+
+from hf_mlopt.communication.collectives import two_phase_mean
+from hf_mlopt.communication.config import CompressionConfig
+from hf_mlopt.communication.hook import CompressionState, Traffic, compression_hook
+from hf_mlopt.communication.step_ahead import Preconditioner, StepAhead, reach
+from hf_mlopt.errors import ConfigurationError, InputError
+
+
+logger = logging.get_logger(__name__)
+
+
+def compress(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    config: CompressionConfig | None = None,
+    preconditioner: Preconditioner = reach,
+    **settings,
+) -> "Compression":
+    """
+    Has the gradients of a DDP model travel coded.
+
+    ```python
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    compression = compress(model, optimizer, grad_codec="orq-9", error_feedback="step-ahead")
+    ```
+
+    Nothing else changes in the loop. With error feedback the weights are moved ahead in training forward passes, and
+    are the clean ones in `optimizer.step()`, in evaluation and in `state_dict()`.
+
+    Args:
+        model (`DistributedDataParallel`): As DDP or accelerate has wrapped it, before its first backward pass.
+        optimizer (`torch.optim.Optimizer`, *optional*): Needed for error feedback, whose state follows its steps.
+        config (`CompressionConfig`, *optional*): How; or give its fields as keywords.
+        preconditioner (`Callable`, *optional*): For an optimizer that step-ahead does not know, see [`reach`].
+
+    Returns:
+        [`Compression`]: To save, to read traffic from.
+
+    Raises:
+        ConfigurationError: If there is nothing to compress here, a hook is in place, or an option does not fit.
+        InputError: If the ranks were given different settings.
+    """
+    config = config or CompressionConfig(**settings)
+    if not isinstance(model, DistributedDataParallel):
+        kind = type(model).__name__
+        raise ConfigurationError(
+            "model", kind, "gradients are coded on their way between DDP replicas; start several processes and pass "
+            "the model that DDP or accelerate has wrapped. FSDP, DeepSpeed and tensor parallelism have no such way"
+        )  # fmt: skip
+    if getattr(model, "_comm_hooks", None):
+        raise ConfigurationError(
+            "model", "DistributedDataParallel", "has a communication hook already, and DDP takes one"
+        )
+    if config.has_feedback and optimizer is None:
+        raise ConfigurationError("optimizer", None, "is needed for error feedback, which follows its steps")
+    return Compression(model, optimizer, config, preconditioner)
+
+
+class Compression:
+    """What [`compress`] has set up. Its `state_dict` is that of this rank."""
+
+    def __init__(self, model, optimizer, config: CompressionConfig, preconditioner: Preconditioner):
+        self.config, self.optimizer = config, getattr(optimizer, "optimizer", optimizer)
+        self._parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        _compare_over_ranks(config, self._parameters, model.process_group)
+        group = dist.new_group(dist.get_process_group_ranks(model.process_group))
+        exempt = exempt_parameters(model.module, config.exempt)
+        self.state = CompressionState(config, {id(p): n for n, p in self._parameters.items()}, exempt, group)
+        model.register_comm_hook(self.state, compression_hook)
+        alpha = config.step_ahead if config.error_feedback == "step-ahead" else 0.0
+        if self.optimizer is not None:
+            self.ahead = StepAhead(self._parameters, self.optimizer, self.state.residuals, alpha, preconditioner)
+            self.optimizer.register_step_pre_hook(lambda *_: self.before_step())
+            self.optimizer.register_step_post_hook(lambda *_: self.state.commit())
+            model.module.register_forward_pre_hook(lambda module, _: self._before_forward(module))
+            model.module.register_state_dict_pre_hook(lambda *_: self.ahead.back())
+        self._averaged_at = -1
+
+    def before_step(self) -> None:
+        """Restores the clean weights; a step whose gradients are not finite on some rank becomes none on all."""
+        self.ahead.back()
+        if not self.state.is_finite:
+            logger.warning_once("gradients were not finite: all ranks skip such steps, and keep what was not sent.")
+            for parameter in self._parameters.values():
+                parameter.grad = None
+            self.state.discard()
+            self.state.is_finite = True
+
+    def take_traffic(self) -> Traffic:
+        """What travelled since the last call."""
+        traffic, self.state.traffic = self.state.traffic, Traffic()
+        return traffic
+
+    def _before_forward(self, module: torch.nn.Module) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            self.ahead.back()
+            return
+        if not self.ahead.is_ahead:
+            self.state.discard()  # proposed by a step that was never taken
+            self._average_errors()
+            self.ahead.go()
+
+    def _average_errors(self) -> None:
+        """Every `error_average_period` steps all ranks go on with the mean of what they have not sent."""
+        period, step = self.config.error_average_period, self.state.step
+        if not period or step % period or step == self._averaged_at:
+            return
+        self._averaged_at = step
+        codec = self.config.of_errors
+        for number, names in enumerate(sorted(self.state.residuals.groups())):
+            flat = self.state.residuals.groups()[names]
+            result = two_phase_mean(
+                flat, codec, codec, lambda phase, rank, n=number: (self.config.seed, step, n, 2 + phase, rank),
+                self.state.group, want_sent=False,
+            )  # fmt: skip
+            flat.copy_(result.mean)
+            self.state.traffic.bytes_sent += result.bytes_sent
+
+    def state_dict(self) -> dict:
+        """Of this rank: the next step, what it has not sent, what its shards of the mean lost."""
+        return {
+            "step": self.state.step,
+            "averaged_at": self._averaged_at,
+            "residuals": self.state.residuals.state_dict(),
+            "down_residuals": self.state.down_residuals.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """
+        Raises:
+            InputError: If a parameter has another size, or is not there any more.
+        """
+        for name, value in state_dict["residuals"].items():
+            own = self._parameters.get(name)
+            if own is None or own.numel() != value.numel():
+                size = "no such parameter" if own is None else f"{own.numel()} elements"
+                raise InputError(f"{name}: the checkpoint holds {value.numel()} unsent elements, the model {size}")
+        self.state.step, self._averaged_at = state_dict["step"], state_dict["averaged_at"]
+        self.state.residuals.load_state_dict(state_dict["residuals"])
+        self.state.down_residuals.load_state_dict(state_dict["down_residuals"])
+
+    @staticmethod
+    def merged(state_dicts: list[dict]) -> dict:
+        """
+        The state that every rank of another number of ranks goes on with: the mean of what the ranks had not sent,
+        which leaves the mean over the new ranks what it was, and the shards' losses put together.
+        """
+        first = state_dicts[0]
+        merged = {"step": first["step"], "averaged_at": first["averaged_at"]}
+        for key, share in (("residuals", 1 / len(state_dicts)), ("down_residuals", 1.0)):
+            merged[key] = {name: share * sum(state[key][name] for state in state_dicts) for name in first[key]}
+        return merged
+
+    def logs(self, steps: int) -> dict[str, float]:
+        """
+        What travelled since the last call, as numbers for a log.
+
+        Args:
+            steps (`int`): Optimizer steps since then.
+        """
+        traffic, world = self.take_traffic(), dist.get_world_size(self.state.group)
+        in_bf16 = 2 * (world - 1) / world * 2 * traffic.elements
+        logs = {
+            "grad_bytes": traffic.bytes_sent / max(steps, 1),
+            "grad_of_bf16": traffic.bytes_sent / max(in_bf16, 1),
+            "grad_seconds": traffic.seconds / max(steps, 1),
+            "grad_plain_buckets": traffic.plain_buckets / max(traffic.buckets, 1),
+        }
+        if self.config.has_feedback:
+            logs["grad_unsent"] = (traffic.error / traffic.norm) ** 0.5 if traffic.norm else 0.0
+        return logs
+
+    def reset(self) -> None:
+        """Forgets what was not sent."""
+        for residuals in (self.state.residuals, self.state.down_residuals):
+            residuals.load_state_dict({})
+
+
+def exempt_parameters(model: torch.nn.Module, exempt: list[str]) -> set[str]:
+    """
+    Names of the parameters that stay in float32.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        exempt (`list[str]`): `1d`, `embeddings`, `head`, or parts of names.
+    """
+    found = set()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = {id(parameter) for parameter in output.parameters()} if output is not None else set()
+    for name, parameter in model.named_parameters():
+        kinds = {"1d": parameter.dim() < 2, "embeddings": id(parameter) in embeddings, "head": id(parameter) in head}
+        if any(kinds[what] if what in kinds else what in name for what in exempt):
+            found.add(name)
+    return found
+
+
+def _compare_over_ranks(config: CompressionConfig, parameters: dict[str, torch.nn.Parameter], group) -> None:
+    shapes = [[name, list(parameter.shape)] for name, parameter in parameters.items()]
+    settings = config.identity()
+    digest = hashlib.sha256(json.dumps([settings, shapes]).encode()).hexdigest()
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, (digest, settings), group=group)
+    if any(other != digest for other, _ in everyone):
+        different = [name for name in settings if any(other[name] != settings[name] for _, other in everyone)]
+        shown = {name: [other[name] for _, other in everyone] for name in different}
+        raise InputError(f"the ranks disagree about {shown or 'the parameters'}; start all of them with the same")

@@ -1,0 +1,182 @@
+"""The DDP communication hook that codes gradients."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from hf_mlopt.communication.collectives import Exchange, all_gather_mean, two_phase_mean
+from hf_mlopt.communication.config import CompressionConfig
+from hf_mlopt.communication.fifo import Fifo
+from hf_mlopt.communication.residuals import Residuals
+
+
+@dataclass
+class Traffic:
+    """
+    Sums over the buckets since they were last read.
+
+    Args:
+        bytes_sent (`int`): Bytes that left this rank.
+        elements (`int`): Gradients exchanged, coded or not.
+        coded (`int`): Of these, coded.
+        seconds (`float`): Spent coding and exchanging.
+        error (`float`), norm (`float`): Sums of squares of what was not sent, and of what should have been.
+        buckets (`int`), plain_buckets (`int`): Buckets, and those that travelled in float32.
+    """
+
+    bytes_sent: int = 0
+    elements: int = 0
+    coded: int = 0
+    seconds: float = 0.0
+    error: float = 0.0
+    norm: float = 0.0
+    buckets: int = 0
+    plain_buckets: int = 0
+
+
+@dataclass
+class _Bucket:
+    """A bucket as the thread gets it: everything is read off DDP's own object before the hook returns."""
+
+    index: int
+    buffer: torch.Tensor
+    names: tuple[str, ...]
+    gradients: list[torch.Tensor]
+    step: int
+    is_plain: bool = False
+    exempt: list[bool] = field(default_factory=list)
+
+
+class CompressionState:
+    """
+    What the hook keeps between its calls.
+
+    Args:
+        config (`CompressionConfig`): How gradients travel.
+        names (`dict[int, str]`): Name by `id` of every parameter.
+        exempt (`set[str]`): Names of parameters that travel in float32.
+        group (`ProcessGroup`): Of these collectives alone, so that DDP's own never mix with them.
+    """
+
+    def __init__(self, config: CompressionConfig, names: dict[int, str], exempt: set[str], group):
+        self.config, self.names, self.exempt, self.group = config, names, exempt, group
+        self.up, self.down = config.up, config.down
+        self.residuals, self.down_residuals = Residuals(), Residuals()
+        self.traffic = Traffic()
+        self.step = 0
+        self.is_finite = True
+        self.loss_scale = 1.0
+        self._fifo = Fifo("gradient compression")
+        world = dist.get_world_size(group)
+        self.gathers_all = config.collective == "all-gather" or (config.collective == "auto" and world == 2)
+
+    def __getstate__(self):  # DDP copies a hook's state in `__getstate__` of its own
+        return {key: value for key, value in self.__dict__.items() if key not in ("group", "_fifo")}
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._fifo.close()
+
+    def commit(self) -> None:
+        """The optimizer has taken its step with these gradients."""
+        self.residuals.commit()
+        self.down_residuals.commit()
+
+    def discard(self) -> None:
+        """The step was skipped: what was not sent is what it was before."""
+        self.residuals.discard()
+        self.down_residuals.discard()
+
+    def exchange(self, bucket: _Bucket) -> torch.Tensor:
+        """Replaces the gradients of a bucket by their mean; all of it in the order of the buckets."""
+        start = time.perf_counter()
+        coded = [gradient for gradient, plain in zip(bucket.gradients, bucket.exempt, strict=True) if not plain]
+        plain = [gradient for gradient, plain in zip(bucket.gradients, bucket.exempt, strict=True) if plain]
+        if bucket.is_plain or 4 * sum(gradient.numel() for gradient in coded) < self.config.min_bytes:
+            coded, plain = [], [bucket.buffer]
+            self.traffic.plain_buckets += 1
+        if plain:
+            self._exchange_plain(plain)
+        if coded:
+            names = tuple(n for n, is_plain in zip(bucket.names, bucket.exempt, strict=True) if not is_plain)
+            self._exchange_coded(bucket, names, coded)
+        self.traffic.buckets += 1
+        self.traffic.seconds += time.perf_counter() - start
+        return bucket.buffer
+
+    def _exchange_plain(self, gradients: list[torch.Tensor]) -> None:
+        world = dist.get_world_size(self.group)
+        whole = len(gradients) == 1 and gradients[0].is_contiguous()
+        flat = gradients[0].view(-1) if whole else torch.cat([gradient.flatten() for gradient in gradients])
+        flat = flat.float()
+        dist.all_reduce(flat, group=self.group)
+        flat.div_(world)
+        _scatter(flat, gradients)
+        self.is_finite = self.is_finite and bool(flat.isfinite().all())
+        self.traffic.bytes_sent += round(2 * (world - 1) / world * 4 * flat.numel())
+        self.traffic.elements += flat.numel()
+
+    def _exchange_coded(self, bucket: _Bucket, names: tuple[str, ...], gradients: list[torch.Tensor]) -> None:
+        feedback, sizes = self.config.has_feedback, [gradient.numel() for gradient in gradients]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).float()
+        if self.loss_scale != 1.0:
+            flat.div_(self.loss_scale)
+        if feedback:
+            flat.add_(self.residuals.flat(names, sizes, flat.device))
+        result = self._coded_mean(bucket, names, sizes, flat)
+        is_finite = bool(result.mean.isfinite().all())  # the same on every rank: all have decoded the same bytes
+        if feedback and is_finite:
+            unsent = flat.sub(result.sent)
+            self.traffic.error += float(unsent.square().sum())
+            self.traffic.norm += float(flat.square().sum())
+            self.residuals.propose(names, unsent)
+            if result.down_error is not None:
+                self.down_residuals.propose(names, result.down_error)
+        self.is_finite = self.is_finite and is_finite
+        if self.loss_scale != 1.0:
+            result.mean.mul_(self.loss_scale)
+        _scatter(result.mean, gradients)
+        self.traffic.bytes_sent += result.bytes_sent
+        self.traffic.elements += flat.numel()
+        self.traffic.coded += flat.numel()
+
+    def _coded_mean(self, bucket: _Bucket, names: tuple[str, ...], sizes: list[int], flat: torch.Tensor) -> Exchange:
+        feedback = self.config.has_feedback
+
+        def key(phase: int, rank: int) -> tuple[int, ...]:
+            return (self.config.seed, bucket.step, bucket.index, phase, rank)
+
+        if self.gathers_all:
+            return all_gather_mean(flat, self.up, key, self.group, feedback)
+        down = self.down_residuals.flat(names, sizes, flat.device) if feedback else None
+        return two_phase_mean(flat, self.up, self.down, key, self.group, feedback, down)
+
+
+def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """
+    Averages the gradients of a bucket over the ranks in the codec of `state`.
+
+    Args:
+        state (`CompressionState`): What it keeps.
+        bucket (`GradBucket`): DDP's; its buffer is overwritten.
+    """
+    names = tuple(state.names[id(parameter)] for parameter in bucket.parameters())
+    work = _Bucket(
+        index=bucket.index(),
+        buffer=bucket.buffer(),
+        names=names,
+        gradients=bucket.gradients(),
+        step=state.step,
+        is_plain=state.step < state.config.warmup_steps_uncompressed,
+        exempt=[name in state.exempt for name in names],
+    )
+    if bucket.is_last():
+        state.step += 1
+    return state._fifo.submit(lambda: state.exchange(work))
+
+
+def _scatter(flat: torch.Tensor, gradients: list[torch.Tensor]) -> None:
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view(gradient.shape))
