@@ -1,12 +1,14 @@
 """The fields that this package adds to `TrainingArguments`."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from hf_mlopt.communication.config import EXEMPT
 from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.training.compression import compression_config
 from hf_mlopt.training.optimizer_table import OPTIMIZERS, optimizer_entry
 
 
@@ -30,6 +32,24 @@ class MLOptTrainingArguments(TrainingArguments):
             Whether the training data of a rank are its own (a silo) instead of a share of one data set.
         reset_local_state (`bool`, *optional*, defaults to `False`):
             On resuming, begin what a single rank has kept afresh: for another number of ranks or of local steps.
+        grad_codec (`str`, *optional*):
+            Codec in which gradients travel between DDP ranks: `bingrad-b`, `orq-9`, `orq-5-optimal`, `sign`, `bf16`...
+        grad_codec_down (`str`, *optional*):
+            Codec in which their means travel back; by default the same.
+        grad_codec_args (`dict` or `str`, *optional*):
+            Settings of the codecs, or a JSON object of them: `{"block": 1024}`.
+        error_feedback (`str`, *optional*, defaults to `"none"`):
+            `none`, `classic` or `step-ahead`: what becomes of what a codec did not send.
+        step_ahead (`float`, *optional*, defaults to 1.0):
+            Coefficient of the step ahead, between 0 (`classic`) and 1.
+        error_average_period (`int`, *optional*, defaults to 0):
+            Steps between two averages over the ranks of what was not sent; 0 is never.
+        warmup_steps_uncompressed (`int`, *optional*, defaults to 1):
+            Steps before the first compressed one.
+        compress_min_bytes (`int`, *optional*, defaults to 16384):
+            Gradients of a bucket smaller than this travel in float32.
+        compress_exempt (`list[str]`, *optional*, defaults to `["1d", "embeddings", "head"]`):
+            Parameters that travel in float32: vectors, embeddings, the head, or parts of names.
     """
 
     mlopt_optim: str | None = None
@@ -38,20 +58,24 @@ class MLOptTrainingArguments(TrainingArguments):
     local_weights: Literal["equal", "examples"] = "equal"
     per_rank_data: bool = False
     reset_local_state: bool = False
+    grad_codec: str | None = None
+    grad_codec_down: str | None = None
+    grad_codec_args: dict[str, Any] | str | None = None
+    error_feedback: Literal["none", "classic", "step-ahead"] = "none"
+    step_ahead: float = 1.0
+    error_average_period: int = 0
+    warmup_steps_uncompressed: int = 1
+    compress_min_bytes: int = 16384
+    compress_exempt: list[str] = field(default_factory=lambda: list(EXEMPT))
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.mlopt_optim_args, str):
-            try:
-                self.mlopt_optim_args = json.loads(self.mlopt_optim_args)
-            except json.JSONDecodeError:
-                pass  # refused below, with the text as it was given
+        for name in ("mlopt_optim_args", "grad_codec_args"):
+            setattr(self, name, _json_object(name, getattr(self, name)))
         if self.local_steps < 1:
             raise ConfigurationError("local_steps", self.local_steps, "must be at least 1")
         if self.local_weights not in ("equal", "examples"):
             raise ConfigurationError("local_weights", self.local_weights, "must be equal or examples")
-        if not isinstance(self.mlopt_optim_args, dict | None):
-            raise ConfigurationError("mlopt_optim_args", self.mlopt_optim_args, "must be a dict or a JSON object")
         if self.mlopt_optim is not None:
             entry = optimizer_entry(self.mlopt_optim)
             if self.local_steps > 1 and not entry.has_rounds:
@@ -61,3 +85,15 @@ class MLOptTrainingArguments(TrainingArguments):
             raise ConfigurationError(
                 "mlopt_optim_args", self.mlopt_optim_args, "needs mlopt_optim; optim has optim_args"
             )
+        compression_config(self)  # its own checks
+
+
+def _json_object(name: str, value: dict | str | None) -> dict | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            pass  # refused below, with the text as it was given
+    if not isinstance(value, dict | None):
+        raise ConfigurationError(name, value, "must be a dict or a JSON object")
+    return value

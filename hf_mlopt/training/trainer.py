@@ -12,6 +12,7 @@ from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.optimizers import DOMO
 from hf_mlopt.training.arguments import MLOptTrainingArguments
 from hf_mlopt.training.callbacks import EvaluationPointCallback
+from hf_mlopt.training.compression import CompressionCallback, compression_config
 from hf_mlopt.training.local_steps import LocalState, LocalStepsCallback, unwrapped
 from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs, optimizer_entry
 from hf_mlopt.training.rank_state import RankState, load_rank_state, save_rank_state
@@ -44,6 +45,19 @@ class MLOptTrainer(Trainer):
         self._source_use_cache = _use_cache(model)
         super().__init__(model=model, args=args, **kwargs)
         self._set_up_two_points()
+        self._compression: CompressionCallback | None = None
+        self._logged_at = 0
+        config = compression_config(args) if isinstance(args, MLOptTrainingArguments) else None
+        if config is not None:
+            self._compression = CompressionCallback(self, config)
+            self.register_rank_state("gradient_compression", self._compression)
+            self.add_callback(self._compression)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self._compression is not None and "loss" in logs:
+            logs = {**logs, **self._compression.logs(self.state.global_step - self._logged_at)}
+            self._logged_at = self.state.global_step
+        super().log(logs, *args, **kwargs)
 
     def _set_up_two_points(self) -> None:
         """For optimizers that train at one point and are evaluated at another."""

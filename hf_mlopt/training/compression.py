@@ -1,0 +1,112 @@
+"""Compressed gradients in the Trainer: hook when training begins, state in checkpoints, traffic in the log."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from hf_mlopt.communication.config import CompressionConfig
+from hf_mlopt.communication.ddp import Compression, compress
+from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.training.optimizer_table import optimizer_entry
+
+
+if TYPE_CHECKING:
+    from hf_mlopt.training.trainer import MLOptTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def compression_config(args) -> CompressionConfig | None:
+    """
+    What the arguments ask for; None without `grad_codec`.
+
+    Args:
+        args (`MLOptTrainingArguments`): The arguments.
+
+    Raises:
+        ConfigurationError: If a field has no codec to act on, or is out of range.
+    """
+    names = ("grad_codec_down", "error_feedback", "error_average_period", "grad_codec_args")
+    if args.grad_codec is None:
+        for name in names:
+            if getattr(args, name) not in (None, "none", 0):
+                raise ConfigurationError(name, getattr(args, name), "needs grad_codec")
+        return None
+    if args.mlopt_optim is not None and optimizer_entry(args.mlopt_optim).has_rounds:
+        remedy = f"codes gradients, and {args.mlopt_optim} sends models; leave one of them out"
+        raise ConfigurationError("grad_codec", args.grad_codec, remedy)
+    return CompressionConfig(
+        grad_codec=args.grad_codec,
+        grad_codec_down=args.grad_codec_down,
+        grad_codec_args=args.grad_codec_args or {},
+        error_feedback=args.error_feedback,
+        step_ahead=args.step_ahead,
+        error_average_period=args.error_average_period,
+        warmup_steps_uncompressed=args.warmup_steps_uncompressed,
+        min_bytes=args.compress_min_bytes,
+        exempt=list(args.compress_exempt),
+        seed=args.seed,
+    )
+
+
+class CompressionCallback(TrainerCallback):
+    """
+    Sets compression up for the model that DDP has wrapped. It is a rank state as well: what a rank has not sent is
+    saved with every checkpoint, and comes back bit by bit; for another number of ranks the files are averaged.
+
+    Args:
+        trainer (`MLOptTrainer`): The trainer.
+        config (`CompressionConfig`): How gradients travel.
+    """
+
+    def __init__(self, trainer: "MLOptTrainer", config: CompressionConfig):
+        self.trainer, self.config = trainer, config
+        self.compression: Compression | None = None
+        self._loaded: dict[str, Any] | None = None
+        for kind in ("fsdp", "deepspeed"):
+            if getattr(trainer, f"is_{kind}_enabled"):
+                allowed = "does not act there: gradients are coded on their way between DDP replicas"
+                raise ConfigurationError("grad_codec", config.grad_codec, f"{allowed}; leave {kind} out")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        wrapped = self.trainer.model_wrapped
+        if not isinstance(wrapped, DistributedDataParallel):
+            logger.warning(f"grad_codec={self.config.grad_codec!r}: one process sends no gradients; nothing is coded.")
+        elif self.compression is None:
+            self.compression = compress(wrapped, self.trainer.optimizer, self.config)
+        if self.compression is not None and self._loaded is not None:
+            self.compression.load_state_dict(self._loaded)
+        self._loaded = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        scaler = self.trainer.accelerator.scaler
+        if self.compression is not None and scaler is not None and scaler.is_enabled():
+            self.compression.state.loss_scale = scaler.get_scale()
+
+    def logs(self, steps: int) -> dict[str, float]:
+        """
+        What travelled since the last log line.
+
+        Args:
+            steps (`int`): Optimizer steps since then.
+        """
+        if self.compression is None:
+            return {}
+        return self.compression.logs(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.compression.state_dict() if self.compression is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict or None  # DDP is there, and the hook, when training begins
+
+    def merge(self, state_dicts: list[dict[str, Any]]) -> dict[str, Any]:
+        """One state out of those of all ranks of a run with another number of them."""
+        return Compression.merged([state for state in state_dicts if state])
+
+    def reset(self) -> None:
+        self._loaded = None
+        if self.compression is not None:
+            self.compression.reset()
