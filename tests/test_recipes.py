@@ -1,25 +1,35 @@
 """Every recipe parses, and runs with a tiny random model of its family; accelerate takes its own."""
 
+import argparse
+import gc
 import json
+import re
+import runpy
+import shlex
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import yaml
-from command_line import save, succeed
+from command_line import hf_mlopt, save, succeed
 from families import make_family
 from mixtral_8x7b import write as write_mixtral_8x7b
+from processes import together
 from pruned import prune
 
-from hf_mlopt.configuration import load_config
+from hf_mlopt.configuration import add_arguments, arguments_given, load_config
 from hf_mlopt.resources import resource_dir
 from hf_mlopt.workflows.distill import DistillRecipe
 from hf_mlopt.workflows.prune import PruneRecipe
+from hf_mlopt.workflows.train_recipe import TrainRecipe
 
 
 pytestmark = pytest.mark.e2e
 
 RECIPES = sorted((resource_dir("recipes") / "pruning").glob("*.yaml"))
 DISTILLATION = sorted((resource_dir("recipes") / "distillation").glob("*.yaml"))
+OPTIMIZERS = sorted((resource_dir("recipes") / "optimizers").glob("*.yaml"))
+COMMUNICATION = sorted((resource_dir("recipes") / "communication").glob("*.yaml"))
 
 ACCELERATE = sorted((resource_dir("recipes") / "accelerate").glob("*.yaml"))
 
@@ -75,8 +85,9 @@ def test_accelerate_takes_its_configuration(path):
     first, second, *_ = path.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and len(first) > 20 and not second.startswith("#")
     config = load_config_from_file(str(path))  # refuses keys that it does not know
-    assert {"fsdp2": "FSDP", "ddp": "MULTI_GPU"}[path.stem] == config.distributed_type
-    assert config.num_processes == 8 and config.mixed_precision == "bf16"
+    assert config.distributed_type == ("FSDP" if path.stem == "fsdp2" else "MULTI_GPU")
+    expected = (2, "no") if path.stem == "cpu2" else (8, "bf16")
+    assert (config.num_processes, config.mixed_precision) == expected
 
 
 @pytest.fixture(params=DISTILLATION, ids=lambda path: path.stem)
@@ -153,3 +164,138 @@ def test_adapters_are_planned_as_the_recipe_says(tmp_path):
     config = load_config(DistillRecipe, recipe, {"student": model, "teacher": model, "lora_rank": 16})
     plan = plan_distillation(config, gpus=8, gpu_memory=80 * 10**9, sharded=True)
     assert plan.way.fits and f"{plan.way.gpu.total / 1e9:.0f} GB on 8 with --lora-rank 16" in recipe.read_text()
+
+
+@pytest.fixture(params=OPTIMIZERS, ids=lambda path: path.stem)
+def training(request):
+    return request.param
+
+
+# What a test has to change in recipes of `train`, by architecture.
+SMALL = {
+    "word_lm": {"hidden_size": 8, "num_layers": 1},
+    "gpt2": {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 16},
+    "vit": {"patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "convnext": {"patch_size": 2, "num_stages": 1, "hidden_sizes": [4], "depths": [1]},
+    "resnet": {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"},
+}
+
+
+def test_there_are_recipes_of_every_kind_of_training():
+    recipes = [load_config(TrainRecipe, path, {"num_processes": None}) for path in OPTIMIZERS]
+    assert {recipe.task for recipe in recipes} == {"causal-lm", "image-classification"}
+    assert {recipe.mlopt_optim for recipe in recipes} >= {"sgd", "adamw", "rsgdm", "rsgd-adamw", "domo", "diloco"}
+    assert {recipe.model_type for recipe in recipes} == set(SMALL)
+
+
+def test_a_recipe_of_train_begins_with_what_it_is_for_and_its_own_command(training):
+    first, second, *_ = training.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and len(first) > 20
+    assert second == f"# hf-mlopt train --config {training.name} --output-dir DIR"
+    given = yaml.safe_load(training.read_text(encoding="utf-8"))
+    assert "output_dir" not in given
+    assert ("num_processes" in given) == ("local_steps" in given)  # alone, a process has nothing to average with
+    if "without a network" in first:
+        assert given["dataset"] in ("embedded", "digits") and given.get("tokenizer") in ("words", "byte-bpe", None)
+
+
+def test_a_recipe_of_train_runs_two_steps(training, tiny_tokenizer, tmp_path):
+    """In one process, at a small size; what it says of the optimizer and of the schedule stays as it is."""
+    config = load_config(TrainRecipe, training, {"num_processes": None})
+    words = ("--model-config", json.dumps(SMALL[config.model_type]), "--max-steps", "2", "--num-processes", "null")
+    words += ("--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "1", "--eval-strategy", "no")
+    if config.task == "causal-lm":
+        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+        words += ("--dataset", tmp_path / "text.txt", "--sequence-length", "16")
+        if config.tokenizer not in ("words", "byte-bpe"):
+            tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+            words += ("--tokenizer", tmp_path / "tokenizer")
+    succeed("train", "--config", training, "--output-dir", tmp_path / "output", *words, "--disable-tqdm")
+    results = json.loads((tmp_path / "output" / "train_results.json").read_text(encoding="utf-8"))
+    assert results["steps"] == 2 and results["optimizer"]["name"] == config.mlopt_optim
+    assert results["local_steps"] == config.local_steps and results["eval_loss"] > 0
+
+
+def test_the_script_takes_what_the_verb_takes(tmp_path, monkeypatch, capsys):
+    script = resource_dir("recipes") / "train.py"
+    monkeypatch.setattr(
+        "sys.argv", [str(script), "--output-dir", str(tmp_path / "output"), "--dataset", "missing.txt"]
+    )
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 2 and "hf-mlopt train: error: dataset='missing.txt'" in capsys.readouterr().err
+
+
+def test_every_recipe_of_train_is_documented_with_overrides_that_parse():
+    page = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(optimizers/\w+\.yaml)` \| .* \| (.*) \|$", page, re.M))
+    assert sorted(rows) == [f"optimizers/{path.name}" for path in OPTIMIZERS]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, TrainRecipe)
+    for name, cell in rows.items():
+        overrides = re.findall(r"`(--.*?)`", cell)
+        assert overrides
+        for words in overrides:
+            given = arguments_given(parser.parse_args(shlex.split(words)), TrainRecipe)
+            config = load_config(TrainRecipe, resource_dir("recipes") / name, {"num_processes": None, **given})
+            assert "mlopt_optim" not in given or config.mlopt_optim == given["mlopt_optim"]
+
+
+@pytest.fixture(params=COMMUNICATION, ids=lambda path: path.stem)
+def compressed(request):
+    return request.param
+
+
+def test_there_are_recipes_of_every_kind_of_compression():
+    recipes = [load_config(TrainRecipe, path, {"num_processes": None}) for path in COMMUNICATION]
+    found = {(recipe.grad_codec, recipe.error_feedback, recipe.error_average_period > 0) for recipe in recipes}
+    assert found >= {
+        ("bingrad-b", "step-ahead", False),
+        ("orq-9", "none", False),
+        ("orq-5-optimal", "step-ahead", False),
+        ("top-k-0.01", "step-ahead", True),
+        ("sign", "classic", False),
+    }
+    assert {(recipe.model_type, recipe.dataset) for recipe in recipes} == {("gpt2", "embedded")}
+
+
+@pytest.fixture(scope="module")
+def quick_to_fork():
+    """What training imports is there, and not copied when a fork collects its garbage."""
+    import hf_mlopt.training.trainer  # noqa: F401
+    import hf_mlopt.workflows.train_data  # noqa: F401
+
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def _in_this_rank(words):
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):  # forked: forget the parent's single process
+        state._reset_state()
+    outcome = hf_mlopt("train", "--use-cpu", "--ddp-backend", "gloo", *words)
+    return outcome.status, outcome.err
+
+
+def test_a_recipe_of_compressed_gradients_runs_three_steps_in_two_processes(compressed, quick_to_fork, tmp_path):
+    """At a small size; the first step is not coded. What it says of the codec stays as it is."""
+    first, second, _, *_ = compressed.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and first.endswith("runs without a network.")
+    assert second == f"# hf-mlopt train --config {compressed.name} --output-dir DIR"
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    words = ("--config", compressed, "--output-dir", tmp_path / "output", "--dataset", tmp_path / "text.txt")
+    words += ("--model-config", json.dumps(SMALL["gpt2"]), "--sequence-length", "16", "--vocab-size", "300")
+    words += ("--max-steps", "3", "--logging-steps", "1", "--compress-min-bytes", "0", "--eval-strategy", "no")
+    words += ("--plot=false", "--disable-tqdm")
+    answers = together(lambda rank: _in_this_rank(words), group=False)
+    assert [status for status, _ in answers] == [0, 0], answers
+    results = json.loads((tmp_path / "output" / "train_results.json").read_text(encoding="utf-8"))
+    assert (results["world_size"], results["steps"]) == (2, 3)
+    rows = [row for row in results["log"] if "loss" in row]
+    assert [row["grad_plain_buckets"] for row in rows] == [1, 0, 0]
+    assert rows[0]["grad_of_bf16"] == pytest.approx(2, rel=1e-3)  # float32
+    assert rows[1]["grad_bytes"] < rows[0]["grad_bytes"]
+    has_feedback = load_config(TrainRecipe, compressed, {"num_processes": None}).error_feedback != "none"
+    assert all(("grad_unsent" in row) == has_feedback for row in rows)

@@ -67,10 +67,12 @@ def _make_parser(argv: list[str]) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     verbs = sorted(module.name for module in iter_modules(__path__))
     # A verb that is named needs none of the others: its start does not wait for their imports.
-    for verb in argv[:1] if argv and argv[0] in verbs else verbs:
+    named = argv[:1] if argv and argv[0] in verbs else []
+    for verb in named or verbs:
         module = import_module(f"{__name__}.{verb}")
         # Abbreviated options would change their meaning whenever an option is added.
         verb_parser = subparsers.add_parser(verb, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        module.add_arguments(verb_parser)
+        if named:  # the list of verbs shows no options, and those of `train` come with torch
+            module.add_arguments(verb_parser)
         verb_parser.set_defaults(run=module.run, parser=verb_parser)
     return parser

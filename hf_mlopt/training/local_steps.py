@@ -50,7 +50,7 @@ class LocalStepsCallback(TrainerCallback):
             self._without_reduction.enter_context(wrapped.no_sync())
         elements = sum(parameter.numel() for parameter in model.parameters())
         logger.info(
-            f"{args.local_steps} local steps a round on {ranks.world_size()} ranks; a round averages {elements:,} "
+            f"{args.local_steps} local steps a round, processes: {ranks.world_size()}; a round averages {elements:,} "
             "elements"
         )
 
