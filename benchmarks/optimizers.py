@@ -1,7 +1,7 @@
 """
 What a step of RSGD and DOMO costs, and what they reach beside the usual optimizers.
 
-    python benchmarks/optimizers.py                  # an hour on 2 idle cores: step 5, quality 45, rounds 10
+    python benchmarks/optimizers.py                  # 40 minutes on 2 idle cores: step 5, quality 25, rounds 10
     python benchmarks/optimizers.py --short          # under 3 minutes
     python benchmarks/optimizers.py --device cuda    # the step alone, on a GPU, in a file of its own
 
@@ -15,8 +15,8 @@ quality  perplexity or accuracy at the training point w, the average x and the e
            digits           MLP, 1,200 images of scikit-learn's digits, tested on 397
            CIFAR-10 subset  ResNet of 7 convolutions, 13,500 lossy images, tested on 5,000; not for comparison with
                             results on CIFAR-10
-           WT2-mini         LSTM, trained on the validation file of WikiText-2, tested on 40,000 tokens of its test
-                            file; not a result on WikiText-2
+           WT2-mini         LSTM, trained on half of the validation file of WikiText-2, tested on 40,000 tokens of
+                            its test file; not a result on WikiText-2
 rounds   the family of DOMO on digits, 10 clients with data of their own, 10 local steps a round: accuracy of the point
          that a variant evaluates, by round. Learning rate as above. Batches are drawn with replacement
 traffic  what a client gives into the all-reduce at the end of a round: 4 bytes a parameter, twice that where local

@@ -297,6 +297,6 @@ def _taken_apart(flat: torch.Tensor, entries: list[torch.Tensor]) -> list[torch.
     parts = flat.split([shape.numel() for shape in shapes])
     parts = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
     return [
-        torch.view_as_complex(part.contiguous()) if entry.is_complex() else part
+        torch.view_as_complex(part.clone()) if entry.is_complex() else part
         for part, entry in zip(parts, entries, strict=True)
     ]

@@ -53,9 +53,9 @@ class OptimizerOverBase(TwoPointOptimizer):
         super().__setstate__(state)
         # torch has replaced both groups and state; the base follows.
         states = {parameter: own["base"] for parameter, own in self.state.items() if "base" in own}
-        self.base.__setstate__({"state": self.base.state, "param_groups": self.param_groups})
         self.base.state.clear()
         self.base.state.update(states)
+        self.base.__setstate__({"state": self.base.state, "param_groups": self.param_groups})
 
 
 def find_optimizer(base: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:

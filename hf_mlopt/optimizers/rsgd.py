@@ -143,14 +143,14 @@ class RSGD(TwoPointOptimizer):
         loss = evaluate_closure(closure)
         for group in self.param_groups:
             work = [self._tensors(parameter, group) for parameter in self._trained(group)]
+            states = [self.state[parameter] for parameter in self._trained(group)]
             foreach = group["foreach"]
             if foreach or (foreach is None and all(tensors["w"].is_cuda for tensors in work)):
-                for batch in _of_one_kind(work):
-                    _step_together(batch, group)
+                for kind in _of_one_kind(work, states):
+                    _step_together(*kind, group)
             else:
-                for tensors in work:
-                    for piece in _pieces(tensors):
-                        _step(piece, group)
+                for tensors, state in zip(work, states, strict=True):
+                    _step(tensors, state, group)
             after_step(self.state, group, [parameter for parameter in group["params"] if parameter in self.state])
         return loss
 
@@ -159,7 +159,7 @@ class RSGD(TwoPointOptimizer):
         state = self.state[parameter]
         if group["momentum"] > 0 and "momentum_buffer" not in state:
             state["momentum_buffer"] = zeros_of(parameter)
-        prepare_residual(state, parameter, group)
+        prepare_residual(state, parameter, group, scale=0.0)
         tensors = {"w": parameter.detach(), "g": parameter.grad}
         tensors |= {name: state[name] for name in ("momentum_buffer", "residual", "pending") if name in state}
         return {name: real(tensor) for name, tensor in tensors.items()}
@@ -171,73 +171,102 @@ class RSGD(TwoPointOptimizer):
         shift(self.state, group, sign=-1)
 
 
-def _step(piece: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+def _recursion(state: dict[str, Any], group: dict[str, Any]) -> tuple[float, float, float]:
     """
-    The step of one tensor. With period 1 the residual is applied in the same breath: with y and w = y + (1-λ) e the
-    three lines of the rule become two of w and one of e, without a temporary.
+    The residual is kept as e = κ r, so that e ← ρ (e + η m) takes one operation: r ← a r + b m with a or b equal to 1,
+    whichever keeps r from growing.
+
+    Returns:
+        `tuple[float, float, float]`: a, b and the next κ.
     """
-    w, lr, rho, held = piece["w"], group["lr"], group["residual"], 1 - group["detach"]
-    wide_w = w.to(wide(w.dtype))
-    m = piece["g"].to(wide_w.dtype)
-    if group["maximize"]:  # a gradient is never written to
-        m = -m
-    if group["weight_decay"] != 0:
-        m = m.add(wide_w, alpha=group["weight_decay"])
-    if "momentum_buffer" in piece:
-        buffer, mu = piece["momentum_buffer"], group["momentum"]
-        if type(buffer) is torch.Tensor:  # one reading of memory less than the usual two operations
-            m = torch.add(m, buffer, alpha=mu, out=buffer)
-        else:
-            m = buffer.mul_(mu).add_(m)
-    if isinstance(lr, torch.Tensor):  # as a number it would have to be fetched from its device
-        m, lr = m * lr, 1.0
-    e = piece.get("residual")
-    at_once = e is not None and group["period"] == 1
-    wide_w.add_(m, alpha=-lr * (1 - held * rho) if at_once else -lr)
+    scale, lr, rho = state.get("residual_scale", 0.0), group["lr"], group["residual"]
+    if isinstance(lr, torch.Tensor):  # already in m: as a number it would have to be fetched from its device
+        scale = scale or 1.0
+        return rho, rho / scale, scale
+    if lr >= scale:
+        return (scale / lr if lr else 0.0), 1.0, rho * lr
+    return 1.0, lr / scale, rho * scale
+
+
+def _step(tensors: dict[str, torch.Tensor], state: dict[str, Any], group: dict[str, Any]) -> None:
+    """The step of one parameter. With period 1, w = y + (1-λ) e becomes two terms of one sum, without a temporary."""
+    keep, add, scale = _recursion(state, group)
+    rho, held = group["residual"], 1 - group["detach"]
+    at_once = "residual" in tensors and group["period"] == 1
+    for piece in _pieces(tensors):
+        w, lr = piece["w"], group["lr"]
+        wide_w = w.to(wide(w.dtype))
+        m = piece["g"].to(wide_w.dtype)
+        if group["maximize"]:  # a gradient is never written to
+            m = -m
+        if group["weight_decay"] != 0:
+            m = m.add(wide_w, alpha=group["weight_decay"])
+        if "momentum_buffer" in piece:
+            m = _accumulate(piece["momentum_buffer"], group["momentum"], 1.0, m)
+        if isinstance(lr, torch.Tensor):
+            m, lr = m * lr, 1.0
+        wide_w.add_(m, alpha=-lr * (1 - held * rho) if at_once else -lr)
+        if at_once:
+            wide_w.add_(piece["residual"], alpha=-held * (1 - rho) * state["residual_scale"])
+            _accumulate(piece["residual"], keep, add, m)
+        elif "pending" in piece:
+            piece["pending"].add_(m, alpha=lr)
+        if wide_w is not w:
+            w.copy_(wide_w)
     if at_once:
-        wide_w.add_(e, alpha=-held * (1 - rho))
-        e.mul_(rho).add_(m, alpha=lr * rho)
-    elif e is not None:
-        piece["pending"].add_(m, alpha=lr)
-    if wide_w is not w:
-        w.copy_(wide_w)
+        state["residual_scale"] = scale
 
 
-def _step_together(batch: list[dict[str, torch.Tensor]], group: dict[str, Any]) -> None:
-    """[`_step`] of several tensors of one kind, in few large operations."""
-    w, lr, rho, held = [piece["w"] for piece in batch], group["lr"], group["residual"], 1 - group["detach"]
+def _accumulate(buffer: torch.Tensor, keep: float, add: float, value: torch.Tensor) -> torch.Tensor:
+    """buffer ← keep · buffer + add · value, with as few readings of memory as torch has operations for."""
+    if add == 1 and type(buffer) is torch.Tensor:
+        return torch.add(value, buffer, alpha=keep, out=buffer)
+    if keep != 1:
+        buffer.mul_(keep)
+    return buffer.add_(value, alpha=add)
+
+
+def _step_together(batch: list[dict[str, torch.Tensor]], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    """[`_step`] of several parameters of one kind, in few large operations."""
+    keep, add, scale = _recursion(states[0], group)
+    w, lr, rho, held = [tensors["w"] for tensors in batch], group["lr"], group["residual"], 1 - group["detach"]
     narrow = w[0].dtype != wide(w[0].dtype)
     wide_w = [tensor.to(wide(tensor.dtype)) for tensor in w] if narrow else w
-    m = [piece["g"].to(target.dtype) for piece, target in zip(batch, wide_w, strict=True)]
+    m = [tensors["g"].to(target.dtype) for tensors, target in zip(batch, wide_w, strict=True)]
     if group["maximize"]:
         m = torch._foreach_neg(m)
     if group["weight_decay"] != 0:
         m = torch._foreach_add(m, wide_w, alpha=group["weight_decay"])
     if "momentum_buffer" in batch[0]:
-        g, m = m, [piece["momentum_buffer"] for piece in batch]
+        g, m = m, [tensors["momentum_buffer"] for tensors in batch]
         torch._foreach_mul_(m, group["momentum"])
         torch._foreach_add_(m, g)
     if isinstance(lr, torch.Tensor):
         m, lr = torch._foreach_mul(m, lr), 1.0
-    e = [piece["residual"] for piece in batch if "residual" in piece]
+    e = [tensors["residual"] for tensors in batch if "residual" in tensors]
     at_once = e and group["period"] == 1
     torch._foreach_add_(wide_w, m, alpha=-lr * (1 - held * rho) if at_once else -lr)
     if at_once:
-        torch._foreach_add_(wide_w, e, alpha=-held * (1 - rho))
-        torch._foreach_mul_(e, rho)
-        torch._foreach_add_(e, m, alpha=lr * rho)
+        torch._foreach_add_(wide_w, e, alpha=-held * (1 - rho) * states[0]["residual_scale"])
+        if keep != 1:
+            torch._foreach_mul_(e, keep)
+        torch._foreach_add_(e, m, alpha=add)
+        for state in states:
+            state["residual_scale"] = scale
     elif e:
-        torch._foreach_add_([piece["pending"] for piece in batch], m, alpha=lr)
+        torch._foreach_add_([tensors["pending"] for tensors in batch], m, alpha=lr)
     if narrow:
         torch._foreach_copy_(w, wide_w)
 
 
-def _of_one_kind(work: list[dict[str, torch.Tensor]]) -> list[list[dict[str, torch.Tensor]]]:
-    """Sorted by device, dtypes and states, as one operation on many tensors needs it."""
-    kinds: dict[tuple, list[dict[str, torch.Tensor]]] = {}
-    for tensors in work:
-        kind = (tensors["w"].device, tuple((name, tensor.dtype) for name, tensor in tensors.items()))
-        kinds.setdefault(kind, []).append(tensors)
+def _of_one_kind(work: list[dict[str, torch.Tensor]], states: list[dict[str, Any]]) -> list[tuple[list, list]]:
+    """Tensors and states sorted by device, dtypes, buffers and scale, as one operation on many tensors needs it."""
+    kinds: dict[tuple, tuple[list, list]] = {}
+    for tensors, state in zip(work, states, strict=True):
+        dtypes = tuple((name, tensor.dtype) for name, tensor in tensors.items())
+        kind = kinds.setdefault((tensors["w"].device, dtypes, state.get("residual_scale")), ([], []))
+        kind[0].append(tensors)
+        kind[1].append(state)
     return list(kinds.values())
 
 
@@ -271,11 +300,12 @@ def require_residual(residual: float, detach: float, period: int, reset_period: 
     require_choice("eval_point", eval_point, EVALUATION_POINTS)
 
 
-def prepare_residual(state: dict[str, torch.Tensor], parameter: torch.Tensor, group: dict[str, Any]) -> None:
-    """Makes the buffers that the options need, when they need them."""
-    if group["residual"] > 0 and "residual" not in state:
+def prepare_residual(state: dict[str, Any], parameter: torch.Tensor, group: dict[str, Any], scale: float) -> None:
+    """Makes the buffers that the options need, when they need them; the residual is `residual * residual_scale`."""
+    if (group["residual"] > 0 or group["period"] > 1) and "residual" not in state:
         state["residual"] = zeros_of(parameter)
-    if group["period"] > 1 and "residual" in state and "pending" not in state:
+        state["residual_scale"] = scale
+    if group["period"] > 1 and "pending" not in state:
         state["pending"] = zeros_of(parameter)
 
 
@@ -292,15 +322,16 @@ def after_step(states: dict, group: dict[str, Any], parameters: list[torch.nn.Pa
         state, w = states[parameter], parameter.detach()
         if "residual" not in state:
             continue
-        e = state["residual"]
         if applied:  # e ← ρ (e + S), w ← w + (1-λ) (e_new - e_old), with S the steps of the period
+            e = state["residual"] * state["residual_scale"]
             new = (e + state["pending"]).mul_(group["residual"])
             _add(w, (new - e).mul_(1 - group["detach"]))
-            e.copy_(new)
+            state["residual"].copy_(new)
+            state["residual_scale"] = 1.0
             state["pending"].zero_()
         if dropped:
             _add(w, _to_x(state, group["detach"]))
-            e.zero_()
+            state["residual"].zero_()
             if "pending" in state:
                 state["pending"].zero_()
 
@@ -314,13 +345,13 @@ def shift(states: dict, group: dict[str, Any], sign: int) -> None:
         if group["eval_point"] == "x":
             distance = _to_x(state, group["detach"])
         else:  # y = w - (1-λ) e, in the middle of a period as well
-            distance = state["residual"] * (group["detach"] - 1)
+            distance = state["residual"] * ((group["detach"] - 1) * state["residual_scale"])
         _add(parameter.detach(), distance.mul_(sign))
 
 
-def _to_x(state: dict[str, torch.Tensor], detach: float) -> torch.Tensor:
+def _to_x(state: dict[str, Any], detach: float) -> torch.Tensor:
     """x - w: λ e, and what a running period has not applied."""
-    distance = state["residual"] * detach
+    distance = state["residual"] * (detach * state["residual_scale"])
     return distance.add_(state["pending"]) if "pending" in state else distance
 
 

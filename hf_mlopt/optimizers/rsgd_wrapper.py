@@ -75,7 +75,7 @@ class RSGDWrapper(OptimizerOverBase):
         self.step_base()
         for group, parameters, starts in zip(self.param_groups, trained, before, strict=True):
             for parameter, start in zip(parameters, starts, strict=True):
-                prepare_residual(self.state[parameter], parameter, group)
+                prepare_residual(self.state[parameter], parameter, group, scale=1.0)
                 _hold_back(parameter, start.sub_(parameter), self.state[parameter], group)
             after_step(self.state, group, [parameter for parameter in group["params"] if parameter in self.state])
         return loss
