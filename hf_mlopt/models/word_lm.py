@@ -36,8 +36,9 @@ class WordLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for field in ("vocab_size", "hidden_size", "num_layers"):
-            if getattr(self, field) < 1:
-                raise ConfigurationError(field, getattr(self, field), "must be at least 1")
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigurationError(field, value, "must be a whole number of at least 1")
         if not 0 <= self.dropout < 1:
             raise ConfigurationError("dropout", self.dropout, "must be at least 0 and below 1")
         super().__post_init__(**kwargs)

@@ -26,7 +26,7 @@ import torch
 
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.optimizers.domo_variants import VARIANTS
-from hf_mlopt.optimizers.over_base import OptimizerOverBase
+from hf_mlopt.optimizers.over_base import OptimizerOverBase, merge_base_args
 from hf_mlopt.optimizers.two_points import (
     ABOVE_0,
     AT_LEAST_0,
@@ -89,23 +89,22 @@ class DOMO(OptimizerOverBase):
         require_choice("variant", variant, VARIANTS)
         settings = VARIANTS[variant]
         base = settings.base if base is None else base
-        base_args = {**(base_args or {}), "lr": lr, "weight_decay": weight_decay}
+        shared = {"lr": lr, "weight_decay": weight_decay}
         if base in ("SGD", torch.optim.SGD):
-            base_args["momentum"] = settings.momentum if momentum is None else momentum
-            require_each({"momentum": (base_args["momentum"], BELOW_1)})
-        elif (local_state or settings.local_state) == "average":
-            raise ConfigurationError(
-                "local_state", "average", f"averages the momentum of SGD; with {base} take keep or reset"
-            )
+            shared["momentum"] = settings.momentum if momentum is None else momentum
+            require_each({"momentum": (shared["momentum"], BELOW_1)})
         elif momentum is not None:
             raise ConfigurationError("momentum", momentum, f"is of SGD; what {base} takes goes into base_args")
+        elif (settings.local_state if local_state is None else local_state) == "average":
+            raise ConfigurationError("local_state", "average", f"is for a base of SGD; {base} takes keep or reset")
+        base_args = merge_base_args(base_args, shared)
         own = {
             "server_momentum": settings.server_momentum if server_momentum is None else server_momentum,
             "server_lr": settings.server_lr if server_lr is None else server_lr,
             "fusion": settings.fusion if fusion is None else fusion,
-            "local_state": local_state or settings.local_state,
-            "server_unit": server_unit or settings.server_unit,
-            "eval_point": eval_point or settings.eval_point,
+            "local_state": settings.local_state if local_state is None else local_state,
+            "server_unit": settings.server_unit if server_unit is None else server_unit,
+            "eval_point": settings.eval_point if eval_point is None else eval_point,
         }
         require_each({"server_momentum": (own["server_momentum"], BELOW_1), "server_lr": (own["server_lr"], ABOVE_0)})
         if own["fusion"] is None:

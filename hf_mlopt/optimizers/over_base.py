@@ -1,5 +1,6 @@
 """An optimizer that lets another one take the steps, and does something of its own before or after."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ class OptimizerOverBase(TwoPointOptimizer):
     ):
         base = find_optimizer(base)
         require_each({name: (base_args[name], AT_LEAST_0) for name in ("lr", "weight_decay")})
-        super().__init__(
-            params, {**own, "lr": base_args["lr"], "weight_decay": base_args["weight_decay"], "view": "train"}
-        )
+        shared = {name: base_args[name] for name in ("lr", "weight_decay")}
+        super().__init__(params, {**own, **shared, "view": "train"})
+        if base_args["weight_decay"] == 0 and "weight_decay" not in inspect.signature(base).parameters:
+            base_args = {name: value for name, value in base_args.items() if name != "weight_decay"}
         try:
             self.base = base(self.param_groups, **base_args)
         except TypeError as error:
@@ -40,11 +42,6 @@ class OptimizerOverBase(TwoPointOptimizer):
         self.base.step()
         for parameter, state in self.base.state.items():
             self.state[parameter]["base"] = state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        for name, default in self.defaults.items():
-            self.param_groups[-1].setdefault(name, default)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "base": self.base}
@@ -71,3 +68,16 @@ def find_optimizer(base: str | type[torch.optim.Optimizer]) -> type[torch.optim.
         known = [name for name in names if issubclass(getattr(torch.optim, name), torch.optim.Optimizer)]
         raise ConfigurationError("base", base, f"must be an optimizer class or one of {', '.join(known)}")
     return found
+
+
+def merge_base_args(base_args: dict[str, Any] | None, own: dict[str, Any]) -> dict[str, Any]:
+    """
+    Keywords of a base: those given for it, and those that are options of the outer optimizer.
+
+    Raises:
+        ConfigurationError: If one is given in both places.
+    """
+    for name, value in (base_args or {}).items():
+        if name in own:
+            raise ConfigurationError(f"base_args.{name}", value, f"is an option of its own: {name}")
+    return {**(base_args or {}), **own}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_mlopt.optimizers.over_base import OptimizerOverBase
+from hf_mlopt.optimizers.over_base import OptimizerOverBase, merge_base_args
 from hf_mlopt.optimizers.rsgd import after_step, prepare_residual, require_residual, shift
 from hf_mlopt.optimizers.two_points import evaluate_closure, wide
 
@@ -58,7 +58,8 @@ class RSGDWrapper(OptimizerOverBase):
             "eval_point": eval_point,
             "local_step": 0,
         }
-        super().__init__(params, own, base, {**(base_args or {}), "lr": lr, "weight_decay": weight_decay})
+        shared = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(params, own, base, merge_base_args(base_args, shared))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:

@@ -144,6 +144,6 @@ _RANGES = {
     ABOVE_0: lambda value: 0 < value < _INFINITY,
     BELOW_1: lambda value: 0 <= value < 1,
     UP_TO_1: lambda value: 0 <= value <= 1,
-    COUNT_FROM_0: lambda value: value == int(value) and value >= 0,
-    COUNT_FROM_1: lambda value: value == int(value) and value >= 1,
+    COUNT_FROM_0: lambda value: value >= 0 and value % 1 == 0,
+    COUNT_FROM_1: lambda value: value >= 1 and value % 1 == 0,
 }

@@ -59,6 +59,8 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import hf_mlopt.models  # noqa: F401  makes `word_lm` known
+
     with architecture_errors(checkpoint):
         config = AutoConfig.from_pretrained(
             checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
@@ -72,6 +74,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """The model of a checkpoint, in its stored dtype and evaluation mode, on the CPU or where `device_map` says."""
     from transformers import AutoModelForCausalLM
+
+    import hf_mlopt.models  # noqa: F401  makes `word_lm` known
 
     with hub_errors(checkpoint.name), mismatch_errors(checkpoint.name):
         model, info = AutoModelForCausalLM.from_pretrained(
