@@ -236,7 +236,7 @@ def test_what_diverges_has_no_number_and_says_so(text, tmp_path):
             "model_config.hiden_size=3: word_lm has no such field; did you mean",
         ),
         (("--model-type", "gpt2", "--model-config", '{"n_layer": "a"}'), "={'n_layer': 'a'}: gpt2: Validation error"),
-        (("--model-config", '{"num_layers": 0}'), "model_config.num_layers=0: must be at least 1"),
+        (("--model-config", '{"num_layers": 0}'), "model_config.num_layers=0: must be a whole number of at least 1"),
         (("--model-config", '{"vocab_size": 9}'), "model_config.vocab_size=9: the model has 9 tokens"),
         (("--model-config", '{"hidden_size": 9000000}'), "more than is free"),
         (

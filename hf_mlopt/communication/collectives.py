@@ -1,6 +1,7 @@
 """Means over ranks of coded vectors. All ranks end with the same bits: all decode the same bytes, in rank order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -124,12 +125,25 @@ def shard_bounds(numel: int, world: int, block: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
+@contextmanager
+def naming_this_rank() -> Iterator[None]:
+    """Says what a collective that fails means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()}: gradients were not exchanged; another process has ended, whose own output says "
+            f"why, or did not come in time ({error})"
+        ) from error
+
+
 def _to_owners(messages: list[torch.Tensor], own_size: int, group) -> list[torch.Tensor]:
     """Message i goes to rank i; what all ranks have sent here, in rank order."""
     world = len(messages)
     outgoing = _for_wire(torch.cat(messages), group)
     incoming = torch.empty(own_size * world, dtype=torch.uint8, device=outgoing.device)
-    dist.all_to_all_single(incoming, outgoing, [own_size] * world, [m.numel() for m in messages], group=group)
+    with naming_this_rank():
+        dist.all_to_all_single(incoming, outgoing, [own_size] * world, [m.numel() for m in messages], group=group)
     return list(incoming.to(messages[0].device).split(own_size)) if own_size else [messages[0][:0]] * world
 
 
@@ -140,7 +154,8 @@ def _gather(message: torch.Tensor, sizes: list[int], group) -> list[torch.Tensor
     padded[: message.numel()] = message
     padded = _for_wire(padded, group)
     gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded, group=group)
+    with naming_this_rank():
+        dist.all_gather(gathered, padded, group=group)
     return [other[:size].to(message.device) for other, size in zip(gathered, sizes, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ def compress(
     optimizer: torch.optim.Optimizer | None = None,
     config: CompressionConfig | None = None,
     preconditioner: Preconditioner = reach,
+    scaler: torch.amp.GradScaler | None = None,
     **settings,
 ) -> "Compression":
     """
@@ -41,6 +43,7 @@ def compress(
         optimizer (`torch.optim.Optimizer`, *optional*): Needed for error feedback, whose state follows its steps.
         config (`CompressionConfig`, *optional*): How; or give its fields as keywords.
         preconditioner (`Callable`, *optional*): For an optimizer that step-ahead does not know, see [`reach`].
+        scaler (`GradScaler`, *optional*): Of the loss, in a plain loop; accelerate's is found.
 
     Returns:
         [`Compression`]: To save, to read traffic from.
@@ -62,27 +65,38 @@ def compress(
         )
     if config.has_feedback and optimizer is None:
         raise ConfigurationError("optimizer", None, "is needed for error feedback, which follows its steps")
-    return Compression(model, optimizer, config, preconditioner)
+    return Compression(model, optimizer, config, preconditioner, scaler)
 
 
 class Compression:
     """What [`compress`] has set up. Its `state_dict` is that of this rank."""
 
-    def __init__(self, model, optimizer, config: CompressionConfig, preconditioner: Preconditioner):
-        self.config, self.optimizer = config, getattr(optimizer, "optimizer", optimizer)
+    def __init__(self, model, optimizer, config: CompressionConfig, preconditioner: Preconditioner, scaler):
+        self.model, self.config, self.optimizer = model, config, getattr(optimizer, "optimizer", optimizer)
+        self._scaler = scaler or getattr(optimizer, "scaler", None)
         self._parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         _compare_over_ranks(config, self._parameters, model.process_group)
-        group = dist.new_group(dist.get_process_group_ranks(model.process_group))
+        self._device = next(iter(self._parameters.values())).device
+        ranks = dist.get_process_group_ranks(model.process_group)
+        group = dist.new_group(
+            ranks,
+            timeout=_timeout(model.process_group, self._device),
+            use_local_synchronization=len(ranks) < dist.get_world_size(),  # the other ranks do not come by here
+        )
         exempt = exempt_parameters(model.module, config.exempt)
         self.state = CompressionState(config, {id(p): n for n, p in self._parameters.items()}, exempt, group)
         model.register_comm_hook(self.state, compression_hook)
         alpha = config.step_ahead if config.error_feedback == "step-ahead" else 0.0
+        self._handles = []
         if self.optimizer is not None:
             self.ahead = StepAhead(self._parameters, self.optimizer, self.state.residuals, alpha, preconditioner)
-            self.optimizer.register_step_pre_hook(lambda *_: self.before_step())
-            self.optimizer.register_step_post_hook(lambda *_: self.state.commit())
-            model.module.register_forward_pre_hook(lambda module, _: self._before_forward(module))
-            model.module.register_state_dict_pre_hook(lambda *_: self.ahead.back())
+            self._handles = [
+                self.optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+                self.optimizer.register_step_post_hook(lambda *_: self.after_step()),
+                model.module.register_forward_pre_hook(lambda module, _: self._before_forward(module)),
+                model.module.register_state_dict_pre_hook(lambda *_: self.ahead.back()),
+                model.module.register_load_state_dict_pre_hook(lambda *_: self.ahead.back()),
+            ]
         self._averaged_at = -1
 
     def before_step(self) -> None:
@@ -93,7 +107,18 @@ class Compression:
             for parameter in self._parameters.values():
                 parameter.grad = None
             self.state.discard()
-            self.state.is_finite = True
+
+    def after_step(self) -> None:
+        """What was not sent in this step counts from now on."""
+        self.state.commit({name for name, parameter in self._parameters.items() if parameter.grad is None})
+
+    def detach(self) -> None:
+        """Ends it: the model inside can be wrapped anew; this wrapped model trains no more, as DDP keeps its hook."""
+        if self.optimizer is not None:
+            self.ahead.back()
+        for handle in self._handles:
+            handle.remove()
+        self.state.close()
 
     def take_traffic(self) -> Traffic:
         """What travelled since the last call."""
@@ -104,15 +129,19 @@ class Compression:
         if not (module.training and torch.is_grad_enabled()):
             self.ahead.back()
             return
+        if self._scaler is not None and self._scaler.is_enabled():
+            self.state.loss_scale = self._scaler.get_scale()
+        if self.state.residuals.has_pending and all(p.grad is None for p in self._parameters.values()):
+            self.ahead.back()
+            self.state.discard()  # of a step that was never taken
         if not self.ahead.is_ahead:
-            self.state.discard()  # proposed by a step that was never taken
             self._average_errors()
             self.ahead.go()
 
     def _average_errors(self) -> None:
         """Every `error_average_period` steps all ranks go on with the mean of what they have not sent."""
         period, step = self.config.error_average_period, self.state.step
-        if not period or step % period or step == self._averaged_at:
+        if not period or (step + 1) % period or step == self._averaged_at or self.state.residuals.has_pending:
             return
         self._averaged_at = step
         codec = self.config.of_errors
@@ -126,53 +155,65 @@ class Compression:
             self.state.traffic.bytes_sent += result.bytes_sent
 
     def state_dict(self) -> dict:
-        """Of this rank: the next step, what it has not sent, what its shards of the mean lost."""
+        """Of this rank: the next step, the buckets, what it has not sent, what its shards of the mean lost."""
         return {
             "step": self.state.step,
             "averaged_at": self._averaged_at,
-            "residuals": self.state.residuals.state_dict(),
-            "down_residuals": self.state.down_residuals.state_dict(),
+            "layout": [list(names) for names in self.state.layout or self.state.saved_layout],
+            "residuals": self._shaped(self.state.residuals.state_dict()),
+            "down_residuals": self._shaped(self.state.down_residuals.state_dict()),
         }
+
+    def _shaped(self, residuals: dict) -> dict:
+        shaped = {name: value.view(self._parameters[name].shape) for name, value in residuals["values"].items()}
+        return {**residuals, "values": shaped}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """
         Raises:
-            InputError: If a parameter has another size, or is not there any more.
+            InputError: If a parameter has another shape, or is not there any more.
         """
-        for name, value in state_dict["residuals"].items():
+        for name, value in state_dict["residuals"]["values"].items():
             own = self._parameters.get(name)
-            if own is None or own.numel() != value.numel():
-                size = "no such parameter" if own is None else f"{own.numel()} elements"
-                raise InputError(f"{name}: the checkpoint holds {value.numel()} unsent elements, the model {size}")
+            if own is None or own.shape != value.shape:
+                shape = "has no such parameter" if own is None else f"has {list(own.shape)}"
+                raise InputError(f"{name}: the checkpoint holds {list(value.shape)} unsent numbers, the model {shape}")
         self.state.step, self._averaged_at = state_dict["step"], state_dict["averaged_at"]
-        self.state.residuals.load_state_dict(state_dict["residuals"])
-        self.state.down_residuals.load_state_dict(state_dict["down_residuals"])
+        self.state.saved_layout = [tuple(names) for names in state_dict["layout"]]
+        self.state.residuals.load_state_dict(state_dict["residuals"], self._device)
+        self.state.down_residuals.load_state_dict(state_dict["down_residuals"], self._device)
 
     @staticmethod
     def merged(state_dicts: list[dict]) -> dict:
         """
         The state that every rank of another number of ranks goes on with: the mean of what the ranks had not sent,
-        which leaves the mean over the new ranks what it was, and the shards' losses put together.
-        """
-        first = state_dicts[0]
-        merged = {"step": first["step"], "averaged_at": first["averaged_at"]}
-        for key, share in (("residuals", 1 / len(state_dicts)), ("down_residuals", 1.0)):
-            merged[key] = {name: share * sum(state[key][name] for state in state_dicts) for name in first[key]}
-        return merged
-
-    def logs(self, steps: int) -> dict[str, float]:
-        """
-        What travelled since the last call, as numbers for a log.
+        and what the shards of the mean lost. The mean over the new ranks of what is still to come is what it was.
 
         Args:
-            steps (`int`): Optimizer steps since then.
+            state_dicts (`list[dict]`): Of all ranks.
         """
+        first = state_dicts[0]
+        values = {
+            name: sum(state["residuals"]["values"][name] for state in state_dicts) / len(state_dicts)
+            for name in first["residuals"]["values"]
+        }
+        for state in state_dicts:
+            for name, lost in state["down_residuals"]["values"].items():
+                values[name] = values[name] + lost
+        return {
+            **first,
+            "residuals": {**first["residuals"], "values": values},
+            "down_residuals": {"groups": [], "values": {}},
+        }
+
+    def logs(self) -> dict[str, float]:
+        """What travelled since the last call, as numbers for a log: bytes and seconds are those of a step."""
         traffic, world = self.take_traffic(), dist.get_world_size(self.state.group)
         in_bf16 = 2 * (world - 1) / world * 2 * traffic.elements
         logs = {
-            "grad_bytes": traffic.bytes_sent / max(steps, 1),
+            "grad_bytes": traffic.bytes_sent / max(traffic.steps, 1),
             "grad_of_bf16": traffic.bytes_sent / max(in_bf16, 1),
-            "grad_seconds": traffic.seconds / max(steps, 1),
+            "grad_seconds": traffic.seconds / max(traffic.steps, 1),
             "grad_plain_buckets": traffic.plain_buckets / max(traffic.buckets, 1),
         }
         if self.config.has_feedback:
@@ -182,7 +223,7 @@ class Compression:
     def reset(self) -> None:
         """Forgets what was not sent."""
         for residuals in (self.state.residuals, self.state.down_residuals):
-            residuals.load_state_dict({})
+            residuals.load_state_dict({"groups": [], "values": {}})
 
 
 def exempt_parameters(model: torch.nn.Module, exempt: list[str]) -> set[str]:
@@ -202,6 +243,12 @@ def exempt_parameters(model: torch.nn.Module, exempt: list[str]) -> set[str]:
         if any(kinds[what] if what in kinds else what in name for what in exempt):
             found.add(name)
     return found
+
+
+def _timeout(group, device: torch.device) -> timedelta | None:
+    """How long the collectives of a group wait; None where its backend does not say."""
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def _compare_over_ranks(config: CompressionConfig, parameters: dict[str, torch.nn.Parameter], group) -> None:

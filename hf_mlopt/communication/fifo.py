@@ -18,17 +18,19 @@ class Fifo:
     def __init__(self, name: str):
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
         self._broken: Exception | None = None
+        self._thread.start()
 
     def submit(self, task: Callable[[], torch.Tensor]) -> torch.futures.Future:
         """
         Args:
             task (`Callable`): Called once; its tensor becomes the future's value, its exception the future's.
         """
+        if not self._thread.is_alive():
+            raise RuntimeError(f"{self._thread.name} has ended: wrap the model in DDP anew")
         future = torch.futures.Future()
         self._tasks.put((task, future))
-        return future
+        return future.then(lambda done: done.value())  # raises; DDP would take the exception for a gradient
 
     def close(self) -> None:
         """Ends the thread once all tasks are done."""

@@ -1,14 +1,16 @@
 """The DDP communication hook that codes gradients."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from hf_mlopt.communication.collectives import Exchange, all_gather_mean, two_phase_mean
+from hf_mlopt.communication.collectives import Exchange, all_gather_mean, naming_this_rank, two_phase_mean
 from hf_mlopt.communication.config import CompressionConfig
 from hf_mlopt.communication.fifo import Fifo
+from hf_mlopt.communication.quantizers import Codec
 from hf_mlopt.communication.residuals import Residuals
 
 
@@ -24,6 +26,7 @@ class Traffic:
         seconds (`float`): Spent coding and exchanging.
         error (`float`), norm (`float`): Sums of squares of what was not sent, and of what should have been.
         buckets (`int`), plain_buckets (`int`): Buckets, and those that travelled in float32.
+        steps (`int`): Backward passes that ended in an exchange.
     """
 
     bytes_sent: int = 0
@@ -34,6 +37,7 @@ class Traffic:
     norm: float = 0.0
     buckets: int = 0
     plain_buckets: int = 0
+    steps: int = 0
 
 
 @dataclass
@@ -41,12 +45,9 @@ class _Bucket:
     """A bucket as the thread gets it: everything is read off DDP's own object before the hook returns."""
 
     index: int
-    buffer: torch.Tensor
-    names: tuple[str, ...]
-    gradients: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
     step: int
-    is_plain: bool = False
-    exempt: list[bool] = field(default_factory=list)
+    is_plain: bool
 
 
 class CompressionState:
@@ -63,11 +64,14 @@ class CompressionState:
     def __init__(self, config: CompressionConfig, names: dict[int, str], exempt: set[str], group):
         self.config, self.names, self.exempt, self.group = config, names, exempt, group
         self.up, self.down = config.up, config.down
+        self.of_bucket: dict[tuple[str, ...], Codec] = {}  # coded both ways in a codec of its own, see `Budget`
         self.residuals, self.down_residuals = Residuals(), Residuals()
         self.traffic = Traffic()
         self.step = 0
         self.is_finite = True
         self.loss_scale = 1.0
+        self.layout: list[tuple[str, ...]] = []
+        self.saved_layout: list[tuple[str, ...]] = []
         self._fifo = Fifo("gradient compression")
         world = dist.get_world_size(group)
         self.gathers_all = config.collective == "all-gather" or (config.collective == "auto" and world == 2)
@@ -79,39 +83,59 @@ class CompressionState:
         """Ends the thread."""
         self._fifo.close()
 
-    def commit(self) -> None:
-        """The optimizer has taken its step with these gradients."""
-        self.residuals.commit()
-        self.down_residuals.commit()
+    def commit(self, unused: Collection[str] = ()) -> None:
+        """
+        The optimizer has taken its step with these gradients.
+
+        Args:
+            unused (`Collection[str]`): Names of parameters that DDP has left without a gradient on all ranks.
+        """
+        self.residuals.commit(unused)
+        self.down_residuals.commit(unused)
 
     def discard(self) -> None:
         """The step was skipped: what was not sent is what it was before."""
         self.residuals.discard()
         self.down_residuals.discard()
 
-    def exchange(self, bucket: _Bucket) -> torch.Tensor:
+    def exchange(self, bucket: _Bucket) -> None:
         """Replaces the gradients of a bucket by their mean; all of it in the order of the buckets."""
         start = time.perf_counter()
-        coded = [gradient for gradient, plain in zip(bucket.gradients, bucket.exempt, strict=True) if not plain]
-        plain = [gradient for gradient, plain in zip(bucket.gradients, bucket.exempt, strict=True) if plain]
-        if bucket.is_plain or 4 * sum(gradient.numel() for gradient in coded) < self.config.min_bytes:
-            coded, plain = [], [bucket.buffer]
+        coded = {name: gradient for name, gradient in bucket.gradients.items() if name not in self.exempt}
+        if bucket.is_plain or 4 * sum(gradient.numel() for gradient in coded.values()) < self.config.min_bytes:
+            coded = {}
             self.traffic.plain_buckets += 1
+        plain = {name: gradient for name, gradient in bucket.gradients.items() if name not in coded}
         if plain:
             self._exchange_plain(plain)
         if coded:
-            names = tuple(n for n, is_plain in zip(bucket.names, bucket.exempt, strict=True) if not is_plain)
-            self._exchange_coded(bucket, names, coded)
+            self._exchange_coded(bucket, tuple(coded), list(coded.values()))
         self.traffic.buckets += 1
         self.traffic.seconds += time.perf_counter() - start
-        return bucket.buffer
 
-    def _exchange_plain(self, gradients: list[torch.Tensor]) -> None:
+    def _unsent(self, names: tuple[str, ...], sizes: list[int], device: torch.device) -> torch.Tensor:
+        unsent = self.residuals.flat(names, sizes, device)
+        if not self.gathers_all and names not in self.down_residuals.groups():
+            # The shards are other ones now. What this rank's has lost goes up again, from this rank alone: world
+            # times, then, which keeps the mean.
+            lost = self.down_residuals.flat(names, sizes, device)
+            unsent.add_(lost, alpha=dist.get_world_size(self.group))
+            lost.zero_()
+        return unsent
+
+    def _exchange_plain(self, named: dict[str, torch.Tensor]) -> None:
+        for name, gradient in named.items():
+            if self.residuals.get(name) is not None:  # it was coded before; what was not sent then goes now
+                unsent = self._unsent((name,), [gradient.numel()], gradient.device)
+                gradient.add_(unsent.view(gradient.shape), alpha=self.loss_scale)
+                self.residuals.propose((name,), torch.zeros_like(unsent))
+        gradients = list(named.values())
         world = dist.get_world_size(self.group)
         whole = len(gradients) == 1 and gradients[0].is_contiguous()
         flat = gradients[0].view(-1) if whole else torch.cat([gradient.flatten() for gradient in gradients])
         flat = flat.float()
-        dist.all_reduce(flat, group=self.group)
+        with naming_this_rank():
+            dist.all_reduce(flat, group=self.group)
         flat.div_(world)
         _scatter(flat, gradients)
         self.is_finite = self.is_finite and bool(flat.isfinite().all())
@@ -124,7 +148,7 @@ class CompressionState:
         if self.loss_scale != 1.0:
             flat.div_(self.loss_scale)
         if feedback:
-            flat.add_(self.residuals.flat(names, sizes, flat.device))
+            flat.add_(self._unsent(names, sizes, flat.device))
         result = self._coded_mean(bucket, names, sizes, flat)
         is_finite = bool(result.mean.isfinite().all())  # the same on every rank: all have decoded the same bytes
         if feedback and is_finite:
@@ -148,10 +172,11 @@ class CompressionState:
         def key(phase: int, rank: int) -> tuple[int, ...]:
             return (self.config.seed, bucket.step, bucket.index, phase, rank)
 
+        up, back = [self.of_bucket.get(names, used) for used in (self.up, self.down)]
         if self.gathers_all:
-            return all_gather_mean(flat, self.up, key, self.group, feedback)
+            return all_gather_mean(flat, up, key, self.group, feedback)
         down = self.down_residuals.flat(names, sizes, flat.device) if feedback else None
-        return two_phase_mean(flat, self.up, self.down, key, self.group, feedback, down)
+        return two_phase_mean(flat, up, back, key, self.group, feedback, down)
 
 
 def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -162,19 +187,29 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.
         state (`CompressionState`): What it keeps.
         bucket (`GradBucket`): DDP's; its buffer is overwritten.
     """
-    names = tuple(state.names[id(parameter)] for parameter in bucket.parameters())
-    work = _Bucket(
-        index=bucket.index(),
-        buffer=bucket.buffer(),
-        names=names,
-        gradients=bucket.gradients(),
-        step=state.step,
-        is_plain=state.step < state.config.warmup_steps_uncompressed,
-        exempt=[name in state.exempt for name in names],
-    )
+    names, gradients = tuple(state.names[id(parameter)] for parameter in bucket.parameters()), bucket.gradients()
+    index, buffer = bucket.index(), bucket.buffer()
+    if index == 0:
+        state.is_finite, state.layout = True, []
+    is_plain = state.step < state.config.warmup_steps_uncompressed or dist.get_world_size(state.group) == 1
+    parts = [(index, names)]
+    if index == 0 and bucket.is_last() and sorted(names) == sorted(sum(state.saved_layout, ())):
+        # DDP begins with all gradients in one bucket. A resumed run codes them as the one before has.
+        parts = list(enumerate(state.saved_layout))
+    of = dict(zip(names, gradients, strict=True))
+    buckets = [_Bucket(number, {name: of[name] for name in part}, state.step, is_plain) for number, part in parts]
+    state.layout += [part for _, part in parts]
     if bucket.is_last():
         state.step += 1
-    return state._fifo.submit(lambda: state.exchange(work))
+        state.traffic.steps += 1
+        state.saved_layout = []
+
+    def task() -> torch.Tensor:
+        for part in buckets:
+            state.exchange(part)
+        return buffer
+
+    return state._fifo.submit(task)
 
 
 def _scatter(flat: torch.Tensor, gradients: list[torch.Tensor]) -> None:

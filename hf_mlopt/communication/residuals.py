@@ -1,5 +1,7 @@
 """What was not sent, kept by the names of parameters while DDP moves them between buckets."""
 
+from collections.abc import Collection
+
 import torch
 
 
@@ -13,7 +15,7 @@ class Residuals:
     def __init__(self):
         self._flats: dict[tuple[str, ...], torch.Tensor] = {}
         self._of: dict[str, torch.Tensor] = {}
-        self._pending: dict[tuple[str, ...], torch.Tensor] = {}
+        self._pending: dict[str, torch.Tensor] = {}
 
     def flat(self, names: tuple[str, ...], sizes: list[int], device: torch.device) -> torch.Tensor:
         """
@@ -33,16 +35,30 @@ class Residuals:
             self._flats = {key: kept for key, kept in self._flats.items() if not set(key) & set(names)}
             self._flats[names] = flat
             self._of.update(zip(names, views, strict=True))
+        if all(name in self._pending for name in names):  # the second backward pass of a step: the first has sent some
+            return torch.cat([self._pending[name] for name in names])
         return self._flats[names]
 
     def propose(self, names: tuple[str, ...], value: torch.Tensor) -> None:
         """What the vector becomes if the step is taken."""
-        self._pending[names] = value
+        parts = value.split([self._of[name].numel() for name in names])
+        self._pending.update(zip(names, parts, strict=True))
 
-    def commit(self) -> None:
-        """The step was taken."""
-        for names, value in self._pending.items():
-            self._flats[names].copy_(value)
+    @property
+    def has_pending(self) -> bool:
+        """Whether new values wait for a step."""
+        return bool(self._pending)
+
+    def commit(self, unused: Collection[str] = ()) -> None:
+        """
+        The step was taken.
+
+        Args:
+            unused (`Collection[str]`): Parameters that it has not moved: what was sent for them has gone nowhere.
+        """
+        for name, value in self._pending.items():
+            if name not in unused:
+                self._of[name].copy_(value)
         self._pending.clear()
 
     def discard(self) -> None:
@@ -57,9 +73,18 @@ class Residuals:
         """All vectors, by the parameters in them."""
         return self._flats
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in self._of.items()}
+    def state_dict(self) -> dict:
+        """What was not sent of every parameter, and which of them travel together."""
+        values = {name: value.clone() for name, value in self._of.items()}
+        return {"groups": [list(names) for names in self._flats], "values": values}
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_dict: dict, device: torch.device | None = None) -> None:
+        """
+        Args:
+            state_dict (`dict`): As [`state_dict`] gives it.
+            device (`torch.device`, *optional*): Where the vectors are wanted.
+        """
         self._flats, self._pending = {}, {}
-        self._of = {name: value.float().flatten() for name, value in state_dict.items()}
+        self._of = {name: value.float().flatten() for name, value in state_dict["values"].items()}
+        for names in state_dict["groups"]:
+            self.flat(tuple(names), [self._of[name].numel() for name in names], device)

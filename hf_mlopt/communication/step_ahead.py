@@ -4,7 +4,7 @@ with Compressed Gradient](https://huggingface.co/papers/2008.05823), in the spac
 
 The authors keep the error in units of an update; a hook sees gradients. An error e that is sent late moves the
 weights by P e in all, where P is what the optimizer makes of a gradient in the end: lr for SGD, lr / (1 - momentum)
-with momentum, lr / (√v + eps) for Adam. So the shift is α P e (our
+with momentum, lr / (√v + eps) for Adam, with e in v. So the shift is α P e (our
 derivation; with plain lr it does not help under momentum).
 """
 
@@ -18,28 +18,35 @@ from hf_mlopt.communication.residuals import Residuals
 
 logger = logging.get_logger(__name__)
 
-Preconditioner = Callable[[torch.nn.Parameter, dict, dict], torch.Tensor | float | None]
+Preconditioner = Callable[[torch.Tensor, dict, dict], torch.Tensor | float | None]
 
 
-def reach(parameter: torch.nn.Parameter, group: dict, state: dict) -> torch.Tensor | float | None:
+def reach(unsent: torch.Tensor, group: dict, state: dict) -> torch.Tensor | float | None:
     """
     P, by which a gradient that is sent late moves a parameter in the end.
 
+    Adam counts a late gradient in v as well, so that it moves nothing far. Without it in v, P of an entry that has
+    hardly been sent before would be lr / eps.
+
     Args:
-        parameter (`torch.nn.Parameter`): The parameter.
+        unsent (`torch.Tensor`): e, in the shape of the parameter.
         group (`dict`): Its group of options in the optimizer.
         state (`dict`): Its state in the optimizer.
 
     Returns:
         `torch.Tensor` or `float`: None for an optimizer that is not known.
     """
-    lr = group["lr"]
+    lr = -group["lr"] if group.get("maximize") else group["lr"]
     if "betas" in group:
-        if "exp_avg_sq" not in state:
+        if not state:
             return 0.0  # the first step has not been taken
-        corrected = 1 - group["betas"][1] ** float(state["step"])
-        return lr / ((state["exp_avg_sq"] / corrected).sqrt() + group["eps"])
-    if "momentum" in group:
+        if "exp_avg_sq" not in state:
+            return None
+        beta = group["betas"][1]
+        v = beta * state["exp_avg_sq"].float() + (1 - beta) * unsent.square()
+        corrected = 1 - beta ** (float(state["step"]) + 1)
+        return lr / ((v / corrected).sqrt() + group["eps"])
+    if "momentum" in group and {"dampening", "residual"} & group.keys():  # SGD, RSGD; others have a scale of their own
         return lr * (1 - group.get("dampening", 0)) / (1 - group["momentum"])
     return None
 
@@ -84,15 +91,15 @@ class StepAhead:
             unsent, group = self.residuals.get(name), groups.get(id(parameter))
             if unsent is None or group is None:
                 continue
-            scale = self.preconditioner(parameter, group, self.optimizer.state.get(parameter, {}))
+            unsent = unsent.to(parameter.device).view(parameter.shape)
+            scale = self.preconditioner(unsent, group, self.optimizer.state.get(parameter, {}))
             if scale is None:
                 kind = type(self.optimizer).__name__
                 logger.warning_once(f"step-ahead does not know how far {kind} moves: error feedback is classic there.")
                 continue
             # A copy, as adding the shift again would round otherwise on every rank and the replicas would part.
             self._clean[name] = parameter.detach().clone()
-            shift = unsent.to(parameter.device).view(parameter.shape) * scale
-            parameter.sub_(shift, alpha=self.coefficient)
+            parameter.sub_(unsent * scale, alpha=self.coefficient)
 
     @torch.no_grad()
     def back(self) -> None:

@@ -50,6 +50,8 @@ class MLOptTrainingArguments(TrainingArguments):
             Gradients of a bucket smaller than this travel in float32.
         compress_exempt (`list[str]`, *optional*, defaults to `["1d", "embeddings", "head"]`):
             Parameters that travel in float32: vectors, embeddings, the head, or parts of names.
+        compress_auto_off (`bool`, *optional*, defaults to `False`):
+            Whether gradients go on in bf16 where the codec does not pay on this link; without, a warning says so.
     """
 
     mlopt_optim: str | None = None
@@ -67,6 +69,7 @@ class MLOptTrainingArguments(TrainingArguments):
     warmup_steps_uncompressed: int = 1
     compress_min_bytes: int = 16384
     compress_exempt: list[str] = field(default_factory=lambda: list(EXEMPT))
+    compress_auto_off: bool = False
 
     def __post_init__(self):
         super().__post_init__()

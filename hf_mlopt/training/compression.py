@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_mlopt.communication.auto_off import Watch
 from hf_mlopt.communication.config import CompressionConfig
 from hf_mlopt.communication.ddp import Compression, compress
 from hf_mlopt.errors import ConfigurationError
@@ -64,6 +64,7 @@ class CompressionCallback(TrainerCallback):
     def __init__(self, trainer: "MLOptTrainer", config: CompressionConfig):
         self.trainer, self.config = trainer, config
         self.compression: Compression | None = None
+        self.watch: Watch | None = None
         self._loaded: dict[str, Any] | None = None
         for kind in ("fsdp", "deepspeed"):
             if getattr(trainer, f"is_{kind}_enabled"):
@@ -72,29 +73,23 @@ class CompressionCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         wrapped = self.trainer.model_wrapped
-        if not isinstance(wrapped, DistributedDataParallel):
+        if self.trainer.args.world_size == 1:
             logger.warning(f"grad_codec={self.config.grad_codec!r}: one process sends no gradients; nothing is coded.")
-        elif self.compression is None:
+        elif self.compression is None or self.compression.model is not wrapped:
+            if self.compression is not None:  # training begins again, with the model wrapped anew
+                self.watch.close()
+                self.compression.detach()
             self.compression = compress(wrapped, self.trainer.optimizer, self.config)
+            self.watch = Watch(self.compression, args.compress_auto_off)
         if self.compression is not None and self._loaded is not None:
             self.compression.load_state_dict(self._loaded)
         self._loaded = None
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        scaler = self.trainer.accelerator.scaler
-        if self.compression is not None and scaler is not None and scaler.is_enabled():
-            self.compression.state.loss_scale = scaler.get_scale()
-
-    def logs(self, steps: int) -> dict[str, float]:
-        """
-        What travelled since the last log line.
-
-        Args:
-            steps (`int`): Optimizer steps since then.
-        """
+    def logs(self) -> dict[str, float]:
+        """What travelled since the last log line."""
         if self.compression is None:
             return {}
-        return self.compression.logs(steps)
+        return self.compression.logs()
 
     def state_dict(self) -> dict[str, Any]:
         return self.compression.state_dict() if self.compression is not None else {}
@@ -104,7 +99,8 @@ class CompressionCallback(TrainerCallback):
 
     def merge(self, state_dicts: list[dict[str, Any]]) -> dict[str, Any]:
         """One state out of those of all ranks of a run with another number of them."""
-        return Compression.merged([state for state in state_dicts if state])
+        written = [state for state in state_dicts if state]  # one process writes none
+        return Compression.merged(written) if written else {}
 
     def reset(self) -> None:
         self._loaded = None

@@ -46,7 +46,6 @@ class MLOptTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self._set_up_two_points()
         self._compression: CompressionCallback | None = None
-        self._logged_at = 0
         config = compression_config(args) if isinstance(args, MLOptTrainingArguments) else None
         if config is not None:
             self._compression = CompressionCallback(self, config)
@@ -55,8 +54,7 @@ class MLOptTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._compression is not None and "loss" in logs:
-            logs = {**logs, **self._compression.logs(self.state.global_step - self._logged_at)}
-            self._logged_at = self.state.global_step
+            logs = {**logs, **self._compression.logs()}
         super().log(logs, *args, **kwargs)
 
     def _set_up_two_points(self) -> None:
