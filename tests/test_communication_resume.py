@@ -34,10 +34,9 @@ def adam(model):
 
 
 CASES = [
-    (2, momentum, {}, {**AHEAD, "grad_codec": "bingrad-b"}),
+    (2, momentum, {}, {**AHEAD, "grad_codec": "bingrad-pb"}),  # draws
     (2, adam, ALIKE, {**AHEAD, "collective": "two-phase", "error_average_period": 5}),
     (3, momentum, {}, {**AHEAD, "error_average_period": 5}),
-    (2, sgd, {}, {"grad_codec": "bingrad-pb"}),  # draws
 ]
 
 

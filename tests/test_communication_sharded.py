@@ -124,6 +124,8 @@ def test_coded_trains_and_sends_few_bytes(wrap):
         plain, _, _, _ = trained(WRAPS[wrap], rank, 16)
         coded, _, _, compression = trained(WRAPS[wrap], rank, 16, **CODED)
         traffic = compression.take_traffic()
+        # Each keeps its own error; in FSDP1 the root holds nothing.
+        assert [unit.exchanges for unit in compression.units] == [0] * (wrap == "fsdp1") + [16] * 3
         return plain, coded, traffic.bytes_sent, traffic.coded, traffic.elements, traffic.error / traffic.norm
 
     answers = world_of(2, run)

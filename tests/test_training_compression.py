@@ -112,53 +112,55 @@ def test_the_log_says_what_travelled_and_replicas_are_equal(tmp_path):
     assert first["ahead"] == [True, False, 10]
 
 
-def run_twice(folder, settings, world=2, resumed=None, again_world=None):
-    """Ten steps with a checkpoint after five, then on from it."""
-
-    def straight(rank):
-        trainer = make(folder / "a", save_strategy="steps", save_steps=5, **settings)
-        trainer.train()
-        return weights_of(trainer)
-
-    def resume(rank):
-        recorder = Recorder()
-        trainer = make(folder / "b", [recorder], seed=9, **{**settings, **(resumed or {})})
-        trainer.train(resume_from_checkpoint=str(folder / "a" / "checkpoint-5"))
-        logs = [
-            row.get("grad_bytes", 0) for row in trainer.state.log_history if row.get("step", 0) > 5 and "loss" in row
-        ]
-        return [weights_of(trainer), recorder.weights, logs, trainer.args.world_size]
-
-    first = in_ranks(straight, world)
-    assert all(weights == first[0] for weights in first)
-    second = in_ranks(resume, again_world or world)
-    assert all(answer[0] == second[0][0] and answer[1] == second[0][1] for answer in second)
-    return first[0], second[0]
+def straight(folder, rank, settings):
+    """Ten steps, with a checkpoint after five."""
+    trainer = make(folder, save_strategy="steps", save_steps=5, **settings)
+    trainer.train()
+    return weights_of(trainer)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def resumed(folder, rank, settings):
+    """On from there: the weights, those after every step, the bytes of every step."""
+    recorder = Recorder()
+    trainer = make(folder / "resumed", [recorder], seed=9, **settings)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    logs = [row.get("grad_bytes", 0) for row in trainer.state.log_history if row["step"] > 5 and "loss" in row]
+    return [weights_of(trainer), recorder.weights, logs]
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    cases = [
         {**AHEAD, "optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.005, "error_average_period": 6},
-        {**AHEAD, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "ddp_find_unused_parameters": True},
+        {**AHEAD, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "ddp_find_unused_parameters": False},
         {**CODED, "grad_codec": "bingrad-pb", "learning_rate": 1e-3},
-    ],
-    ids=["sgd-ahead", "adam-ahead-unused", "draws"],
-)
-@pytest.mark.distributed
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, settings):
-    straight, (resumed, _, logs, world) = run_twice(tmp_path, settings)
-    assert world == 2 and straight == resumed
-    # Each of them per step; residuals are averaged in the first.
-    assert len(logs) == 5 and len(set(logs[1:])) == 1 and (logs[0] > logs[1]) is ("error_average_period" in settings)
+    ]
+
+    def run(rank):
+        ends = []
+        for number, settings in enumerate(cases):
+            once = straight(tmp_path / str(number), rank, settings)
+            again, _, logs = resumed(tmp_path / str(number), rank, settings)
+            assert once == again
+            # Each of them per step; residuals are averaged in the first.
+            assert len(logs) == 5 and len(set(logs[1:])) == 1
+            assert (logs[0] > logs[1]) is ("error_average_period" in settings)
+            ends.append(again)
+        return ends
+
+    one, two = in_ranks(run)
+    assert one == two and len(one) == 3
 
 
-@pytest.mark.parametrize("world, again", [(2, 3), (2, 1), (1, 2)])
+@pytest.mark.parametrize("world, others", [(2, (1, 3)), (1, (2,))])
 @pytest.mark.distributed
-def test_another_number_of_ranks_goes_on(tmp_path, world, again):
+def test_another_number_of_ranks_goes_on(tmp_path, world, others):
     settings = {**AHEAD, "learning_rate": 1e-3}
-    _, (_, weights, logs, now) = run_twice(tmp_path, settings, world, again_world=again)
-    assert now == again and len(weights) == 5 and any(logs) is (again > 1)
+    in_ranks(lambda rank: straight(tmp_path, rank, settings), world)
+    for other in others:
+        first, *rest = in_ranks(lambda rank: resumed(tmp_path, rank, settings), other)
+        assert len(rest) == other - 1 and all(answer[:2] == first[:2] for answer in rest)
+        assert len(first[1]) == 5 and any(first[2]) is (other > 1)
 
 
 @pytest.mark.distributed
@@ -207,7 +209,7 @@ def test_training_twice_goes_on_or_begins_afresh_with_the_model(tmp_path):
         trainer.train()
         hooks, once = len(trainer.model._forward_pre_hooks), trainer._compression.compression
         trainer.train()
-        assert trainer._compression.compression is once and len(trainer.model._forward_pre_hooks) == hooks
+        assert trainer._compression.compression is once and len(trainer.model._forward_pre_hooks) <= hooks
         assert once.state.step == 8 and trainer.state.log_history[-2]["grad_bytes"] > 0
         return weights_of(trainer)
 
