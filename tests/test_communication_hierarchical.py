@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from compressed import SETTINGS, Layers, coded, digest, sgd, train, wrap
 from processes import together
 
-from hf_mlopt.communication.collectives import two_phase_mean
+from hf_mlopt.communication import CompressionConfig, compress
+from hf_mlopt.communication.collectives import shard_bounds, two_phase_mean
 from hf_mlopt.communication.hierarchical import hierarchical_mean, node_groups
 from hf_mlopt.communication.quantizers import QSGD, Cast, ScaledSign, TopK
 from hf_mlopt.errors import ConfigurationError
@@ -182,3 +184,62 @@ def test_nodes_are_found_or_refused():
     for rank, (found, told) in enumerate(world_of(4, run)):
         assert found == [[0, 1] if rank < 2 else [2, 3], [0, 2] if rank % 2 == 0 else [1, 3]]
         assert [text.split(":")[0] for text in told] == ["ranks_per_node=3", "ranks_per_node=4"]
+
+
+def leaves_node(numel, rank, size=2, nodes=2):
+    """Bytes of a bucket that `rank` sends to other nodes: a shard of its slice up, and its own shard down."""
+    wire = CompressionConfig(grad_codec_args={"block": 64}).up.wire_bytes
+    begin, end = shard_bounds(numel, size, 64)[rank % size]
+    shards = [wire(stop - start) for start, stop in shard_bounds(end - begin, nodes, 64)]
+    return sum(shards) - shards[rank // size] + max(shards) * (nodes - 1)
+
+
+@pytest.mark.parametrize("feedback", ["none", "step-ahead"])
+def test_through_the_hook(feedback):
+    """Two nodes of two: replicas stay the same, and what is coded leaves a node once; float32 equals plain DDP."""
+
+    def run(rank):
+        options = {"collective": "hierarchical", "ranks_per_node": 2, "exempt": []}
+        logs = []
+
+        def after(step):
+            logs.append(compression.logs())
+
+        model = wrap(Layers())
+        optimizer = sgd(model)
+        compression = compress(model, optimizer, **{**SETTINGS, **options, "error_feedback": feedback})
+        train(model, optimizer, rank, 6, after=after)
+        plain = wrap(Layers())
+        train(plain, sgd(plain), rank, 6)
+        exact, *_ = coded(rank, 6, **options, grad_codec="fp32", grad_codec_args={})
+        difference = max(
+            float((a - b).abs().max()) for a, b in zip(exact.parameters(), plain.parameters(), strict=True)
+        )
+        sizes = {name: parameter.numel() for name, parameter in Layers().named_parameters()}
+        expected = sum(leaves_node(sum(sizes[name] for name in names), rank) for names in compression.state.layout)
+        return digest(model), digest(plain), difference, expected, logs[-1]
+
+    answers = world_of(4, run)
+    assert len({answer[0] for answer in answers}) == 1 and answers[0][0] != answers[0][1]
+    assert answers[0][2] < 1e-6
+    numel = sum(parameter.numel() for parameter in Layers().parameters())
+    for *_, expected, logs in answers:
+        assert logs["grad_bytes_across_nodes"] == expected
+        assert logs["grad_bytes"] > expected + 4 * numel / 2
+
+
+def test_a_hierarchy_is_refused_where_it_is_none():
+    with pytest.raises(ConfigurationError, match="ranks_per_node=2: needs collective hierarchical"):
+        CompressionConfig(ranks_per_node=2)
+    with pytest.raises(
+        ConfigurationError, match="collective='tree': must be one of auto, two-phase, all-gather, hier"
+    ):
+        CompressionConfig(collective="tree")
+
+    def run(rank):
+        try:
+            coded(rank, 1, collective="hierarchical", ranks_per_node=2)
+        except ConfigurationError as error:
+            return [str(error)]
+
+    assert all("ranks_per_node=2: must divide the 2 ranks" in told for (told,) in world_of(2, run))

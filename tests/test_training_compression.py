@@ -211,6 +211,10 @@ def test_training_twice_goes_on_or_begins_afresh_with_the_model(tmp_path):
         trainer.train()
         assert trainer._compression.compression is once and len(trainer.model._forward_pre_hooks) <= hooks
         assert once.state.step == 8 and trainer.state.log_history[-2]["grad_bytes"] > 0
+        trainer.model_wrapped = trainer.model  # wrapped once more
+        trainer.train()
+        assert trainer._compression.compression is not once and len(trainer.model._forward_pre_hooks) <= hooks
+        assert once.state.step == 8 and trainer.state.log_history[-2]["grad_bytes"] > 0
         return weights_of(trainer)
 
     one, two = in_ranks(run)

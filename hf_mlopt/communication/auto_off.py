@@ -59,6 +59,8 @@ class Watch:
         parameters = module.named_parameters()
         coded = [p for name, p in parameters if p.requires_grad and name not in state.exempt]
         numel = sum(parameter.numel() for parameter in coded)
+        if state.nodes is not None:
+            return  # links inside a node and between nodes differ, and one measurement would mix them
         if numel and dist.get_world_size(state.group) > 1 and not isinstance(state.up, Cast):
             self._decide(numel, coded[0].device)
 

@@ -45,7 +45,7 @@ def all_gather_mean(flat: torch.Tensor, codec: Codec, key: Key, group, want_sent
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     message = codec.to_bytes(codec.encode(flat, key(0, rank)))
-    messages = _gather(message, [message.numel()] * world, group)
+    messages = gather_messages(message, [message.numel()] * world, group)
     mean, sent = torch.zeros_like(flat), None
     for source, other in enumerate(messages):
         payload = codec.from_bytes(other, flat.numel())
@@ -90,7 +90,7 @@ def two_phase_mean(
         sent = torch.empty_like(flat)
         for payload, (start, stop) in zip(payloads, bounds, strict=True):
             up.decode(payload, sent[start:stop])
-    received = _to_owners([up.to_bytes(payload) for payload in payloads], up.wire_bytes(sizes[rank]), group)
+    received = send_to_owners([up.to_bytes(payload) for payload in payloads], up.wire_bytes(sizes[rank]), group)
     mean = torch.zeros(sizes[rank], dtype=torch.float32, device=flat.device)
     for message in received:
         up.decode(up.from_bytes(message, sizes[rank]), mean, accumulate=True)
@@ -100,7 +100,7 @@ def two_phase_mean(
         mean.add_(down_residual[start:stop])
     message = down.to_bytes(down.encode(mean, key(1, rank)))
     result = torch.empty_like(flat)
-    gathered = _gather(message, [down.wire_bytes(size) for size in sizes], group)
+    gathered = gather_messages(message, [down.wire_bytes(size) for size in sizes], group)
     for other, (first, last) in zip(gathered, bounds, strict=True):
         down.decode(down.from_bytes(other, last - first), result[first:last])
     error = None
@@ -108,7 +108,8 @@ def two_phase_mean(
         error = torch.zeros_like(flat)
         torch.sub(mean, result[start:stop], out=error[start:stop])
     uplink = sum(up.wire_bytes(size) for shard, size in enumerate(sizes) if shard != rank)
-    return Exchange(result, sent, uplink + message.numel() * (world - 1), error)
+    downlink = max(down.wire_bytes(size) for size in sizes) * (world - 1)
+    return Exchange(result, sent, uplink + downlink, error)
 
 
 def shard_bounds(numel: int, world: int, block: int) -> list[tuple[int, int]]:
@@ -137,7 +138,7 @@ def naming_this_rank() -> Iterator[None]:
         ) from error
 
 
-def _to_owners(messages: list[torch.Tensor], own_size: int, group) -> list[torch.Tensor]:
+def send_to_owners(messages: list[torch.Tensor], own_size: int, group) -> list[torch.Tensor]:
     """Message i goes to rank i; what all ranks have sent here, in rank order."""
     world = len(messages)
     outgoing = _for_wire(torch.cat(messages), group)
@@ -147,7 +148,7 @@ def _to_owners(messages: list[torch.Tensor], own_size: int, group) -> list[torch
     return list(incoming.to(messages[0].device).split(own_size)) if own_size else [messages[0][:0]] * world
 
 
-def _gather(message: torch.Tensor, sizes: list[int], group) -> list[torch.Tensor]:
+def gather_messages(message: torch.Tensor, sizes: list[int], group) -> list[torch.Tensor]:
     """The messages of all ranks, whose sizes all know; shorter ones travel as long as the longest."""
     longest = max(sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=message.device)

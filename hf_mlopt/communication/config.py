@@ -3,7 +3,7 @@
 import logging
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from hf_mlopt.communication.quantizers import Codec
 from hf_mlopt.communication.quantizers.registry import codec
@@ -32,7 +32,9 @@ class CompressionConfig:
             the ranks; 0 is never.
         error_average_codec (`str`, *optional*, defaults to `"bf16"`): What these are sent in.
         collective (`str`, *optional*, defaults to `"auto"`): `two-phase` (all-to-all, mean, all-gather), `all-gather`
-            (every rank decodes all; one loss of precision instead of two), or `auto`: the latter for two ranks.
+            (every rank decodes all; one loss of precision instead of two), `hierarchical` (float32 inside a node, two
+            coded phases between nodes), or `auto`: all-gather for two ranks, else two-phase.
+        ranks_per_node (`int`, *optional*): For `hierarchical`; by default what the launcher started on this machine.
         warmup_steps_uncompressed (`int`, *optional*, defaults to 1): Steps before the first compressed one. Before the
             second, DDP holds all gradients in one bucket.
         min_bytes (`int`, *optional*, defaults to 16384): Gradients of a bucket smaller than this travel in float32.
@@ -52,7 +54,8 @@ class CompressionConfig:
     step_ahead: float = 1.0
     error_average_period: int = 0
     error_average_codec: str = "bf16"
-    collective: Literal["auto", "two-phase", "all-gather"] = "auto"
+    collective: Literal["auto", "two-phase", "all-gather", "hierarchical"] = "auto"
+    ranks_per_node: int | None = None
     warmup_steps_uncompressed: int = 1
     min_bytes: int = 16384
     exempt: list[str] = field(default_factory=lambda: list(EXEMPT))
@@ -60,8 +63,8 @@ class CompressionConfig:
 
     def __post_init__(self):
         for name, choices in (
-            ("error_feedback", ("none", "classic", "step-ahead")),
-            ("collective", ("auto", "two-phase", "all-gather")),
+            ("error_feedback", get_args(CompressionConfig.__annotations__["error_feedback"])),
+            ("collective", get_args(CompressionConfig.__annotations__["collective"])),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigurationError(name, getattr(self, name), f"must be one of {', '.join(choices)}")
@@ -70,13 +73,15 @@ class CompressionConfig:
                 raise ConfigurationError(name, getattr(self, name), "must be at least 0")
         if not (0 <= self.step_ahead <= 1 and math.isfinite(self.step_ahead)):
             raise ConfigurationError("step_ahead", self.step_ahead, "must be between 0 and 1")
+        if self.ranks_per_node is not None and self.collective != "hierarchical":
+            raise ConfigurationError("ranks_per_node", self.ranks_per_node, "needs collective hierarchical")
         if self.error_average_period and self.error_feedback == "none":
             raise ConfigurationError("error_average_period", self.error_average_period, "needs error_feedback")
         for name in ("up", "down", "of_errors"):
             getattr(self, name)  # their own checks
         if self.has_feedback:
             for name, used in (("grad_codec", self.up), ("grad_codec_down", self.down)):
-                _check_contractive(name, used)
+                require_contractive(name, used)
 
     @property
     def has_feedback(self) -> bool:
@@ -112,7 +117,7 @@ class CompressionConfig:
             raise ConfigurationError(where, error.value, str(error).partition(": ")[2]) from None
 
 
-def _check_contractive(name: str, used: Codec) -> None:
+def require_contractive(name: str, used: Codec) -> None:
     """Refuses, or warns of, a codec around which error feedback need not settle."""
     if used.contractive:
         return

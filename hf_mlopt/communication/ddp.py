@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from hf_mlopt.communication.collectives import two_phase_mean
 from hf_mlopt.communication.config import CompressionConfig
+from hf_mlopt.communication.hierarchical import node_groups
 from hf_mlopt.communication.hook import CompressionState, Traffic, compression_hook
 from hf_mlopt.communication.step_ahead import Preconditioner, StepAhead, reach
 from hf_mlopt.errors import ConfigurationError, InputError
@@ -75,16 +76,20 @@ class Compression:
         self.model, self.config, self.optimizer = model, config, getattr(optimizer, "optimizer", optimizer)
         self._scaler = scaler or getattr(optimizer, "scaler", None)
         self._parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        _compare_over_ranks(config, self._parameters, model.process_group)
+        compare_over_ranks(config, self._parameters, model.process_group)
         self._device = next(iter(self._parameters.values())).device
         ranks = dist.get_process_group_ranks(model.process_group)
-        group = dist.new_group(
-            ranks,
-            timeout=_timeout(model.process_group, self._device),
-            use_local_synchronization=len(ranks) < dist.get_world_size(),  # the other ranks do not come by here
-        )
+        options = {
+            "timeout": _timeout(model.process_group, self._device),
+            "use_local_synchronization": len(ranks) < dist.get_world_size(),  # the other ranks do not come by here
+        }
+        group = dist.new_group(ranks, **options)
+        nodes = None
+        if config.collective == "hierarchical":
+            nodes = node_groups(config.ranks_per_node, model.process_group, **options)
         exempt = exempt_parameters(model.module, config.exempt)
-        self.state = CompressionState(config, {id(p): n for n, p in self._parameters.items()}, exempt, group)
+        names = {id(p): n for n, p in self._parameters.items()}
+        self.state = CompressionState(config, names, exempt, group, nodes)
         model.register_comm_hook(self.state, compression_hook)
         alpha = config.step_ahead if config.error_feedback == "step-ahead" else 0.0
         self._handles = []
@@ -209,15 +214,11 @@ class Compression:
     def logs(self) -> dict[str, float]:
         """What travelled since the last call, as numbers for a log: bytes and seconds are those of a step."""
         traffic, world = self.take_traffic(), dist.get_world_size(self.state.group)
-        in_bf16 = 2 * (world - 1) / world * 2 * traffic.elements
-        logs = {
-            "grad_bytes": traffic.bytes_sent / max(traffic.steps, 1),
-            "grad_of_bf16": traffic.bytes_sent / max(in_bf16, 1),
-            "grad_seconds": traffic.seconds / max(traffic.steps, 1),
-            "grad_plain_buckets": traffic.plain_buckets / max(traffic.buckets, 1),
-        }
+        logs = traffic.logs(2 * 2 * (world - 1) / world)  # a ring
+        if self.state.nodes is not None:
+            logs["grad_bytes_across_nodes"] = traffic.bytes_across / max(traffic.steps, 1)
         if self.config.has_feedback:
-            logs["grad_unsent"] = (traffic.error / traffic.norm) ** 0.5 if traffic.norm else 0.0
+            logs["grad_unsent"] = traffic.unsent
         return logs
 
     def reset(self) -> None:
@@ -251,7 +252,7 @@ def _timeout(group, device: torch.device) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-def _compare_over_ranks(config: CompressionConfig, parameters: dict[str, torch.nn.Parameter], group) -> None:
+def compare_over_ranks(config: CompressionConfig, parameters: dict[str, torch.nn.Parameter], group) -> None:
     shapes = [[name, list(parameter.shape)] for name, parameter in parameters.items()]
     settings = config.identity()
     digest = hashlib.sha256(json.dumps([settings, shapes]).encode()).hexdigest()

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from hf_mlopt.communication.collectives import Exchange, Key, _gather, _to_owners, shard_bounds, two_phase_mean
+from hf_mlopt.communication.collectives import (
+    Exchange,
+    Key,
+    gather_messages,
+    send_to_owners,
+    shard_bounds,
+    two_phase_mean,
+)
 from hf_mlopt.communication.quantizers import Cast, Codec
 from hf_mlopt.errors import ConfigurationError
 
@@ -99,7 +106,7 @@ def hierarchical_mean(
     payloads = [inside.encode(flat[first:last], key(2, rank)) for first, last in bounds]
     messages = [inside.to_bytes(payload) for payload in payloads]
     mean = torch.zeros(end - begin, dtype=torch.float32, device=flat.device)
-    for message in _to_owners(messages, inside.wire_bytes(end - begin), groups.inside):
+    for message in send_to_owners(messages, inside.wire_bytes(end - begin), groups.inside):
         inside.decode(inside.from_bytes(message, end - begin), mean, accumulate=True)
     mean.div_(size)
 
@@ -120,9 +127,10 @@ def hierarchical_mean(
         error[begin:end] = across.down_error
     whole = Cast()
     message = whole.to_bytes(whole.encode(across.mean))
-    gathered = _gather(message, [whole.wire_bytes(last - first) for first, last in bounds], groups.inside)
+    sizes = [whole.wire_bytes(last - first) for first, last in bounds]
+    gathered = gather_messages(message, sizes, groups.inside)
     result = torch.empty_like(flat)
     for other, (first, last) in zip(gathered, bounds, strict=True):
         whole.decode(whole.from_bytes(other, last - first), result[first:last])
-    within = sum(map(len, messages)) - len(messages[rank]) + len(message) * (size - 1)
+    within = sum(map(len, messages)) - len(messages[rank]) + max(sizes) * (size - 1)
     return NodeExchange(result, sent, across.bytes_sent + within, error, across.bytes_sent)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hf_mlopt.communication.collectives import Exchange, all_gather_mean, naming_this_rank, two_phase_mean
 from hf_mlopt.communication.config import CompressionConfig
 from hf_mlopt.communication.fifo import Fifo
+from hf_mlopt.communication.hierarchical import NodeGroups, hierarchical_mean
 from hf_mlopt.communication.quantizers import Codec
 from hf_mlopt.communication.residuals import Residuals
 
@@ -21,6 +22,7 @@ class Traffic:
 
     Args:
         bytes_sent (`int`): Bytes that left this rank.
+        bytes_across (`int`): Of these, coded bytes that left its node, with `collective="hierarchical"`.
         elements (`int`): Gradients exchanged, coded or not.
         coded (`int`): Of these, coded.
         seconds (`float`): Spent coding and exchanging.
@@ -30,6 +32,7 @@ class Traffic:
     """
 
     bytes_sent: int = 0
+    bytes_across: int = 0
     elements: int = 0
     coded: int = 0
     seconds: float = 0.0
@@ -38,6 +41,25 @@ class Traffic:
     buckets: int = 0
     plain_buckets: int = 0
     steps: int = 0
+
+    def logs(self, bf16_bytes: float) -> dict[str, float]:
+        """
+        As numbers for a log; bytes and seconds are those of a step.
+
+        Args:
+            bf16_bytes (`float`): What a rank sends for each gradient in bfloat16.
+        """
+        return {
+            "grad_bytes": self.bytes_sent / max(self.steps, 1),
+            "grad_of_bf16": self.bytes_sent / max(bf16_bytes * self.elements, 1),
+            "grad_seconds": self.seconds / max(self.steps, 1),
+            "grad_plain_buckets": self.plain_buckets / max(self.buckets, 1),
+        }
+
+    @property
+    def unsent(self) -> float:
+        """Length of what was not sent, over that of what should have been."""
+        return (self.error / self.norm) ** 0.5 if self.norm else 0.0
 
 
 @dataclass
@@ -59,10 +81,18 @@ class CompressionState:
         names (`dict[int, str]`): Name by `id` of every parameter.
         exempt (`set[str]`): Names of parameters that travel in float32.
         group (`ProcessGroup`): Of these collectives alone, so that DDP's own never mix with them.
+        nodes (`NodeGroups`, *optional*): For `collective="hierarchical"`.
     """
 
-    def __init__(self, config: CompressionConfig, names: dict[int, str], exempt: set[str], group):
-        self.config, self.names, self.exempt, self.group = config, names, exempt, group
+    def __init__(
+        self,
+        config: CompressionConfig,
+        names: dict[int, str],
+        exempt: set[str],
+        group,
+        nodes: NodeGroups | None = None,
+    ):
+        self.config, self.names, self.exempt, self.group, self.nodes = config, names, exempt, group, nodes
         self.up, self.down = config.up, config.down
         self.of_bucket: dict[tuple[str, ...], Codec] = {}  # coded both ways in a codec of its own, see `Budget`
         self.residuals, self.down_residuals = Residuals(), Residuals()
@@ -77,7 +107,7 @@ class CompressionState:
         self.gathers_all = config.collective == "all-gather" or (config.collective == "auto" and world == 2)
 
     def __getstate__(self):  # DDP copies a hook's state in `__getstate__` of its own
-        return {key: value for key, value in self.__dict__.items() if key not in ("group", "_fifo")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("group", "nodes", "_fifo")}
 
     def close(self) -> None:
         """Ends the thread."""
@@ -176,6 +206,10 @@ class CompressionState:
         if self.gathers_all:
             return all_gather_mean(flat, up, key, self.group, feedback)
         down = self.down_residuals.flat(names, sizes, flat.device) if feedback else None
+        if self.nodes is not None:
+            result = hierarchical_mean(flat, up, back, key, self.nodes, feedback, down)
+            self.traffic.bytes_across += result.bytes_across
+            return result
         return two_phase_mean(flat, up, back, key, self.group, feedback, down)
 
 

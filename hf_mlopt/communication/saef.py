@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from hf_mlopt.communication.config import _check_contractive
+from hf_mlopt.communication.config import require_contractive
 from hf_mlopt.communication.hook import Traffic
 from hf_mlopt.communication.quantizers import Codec
 from hf_mlopt.communication.saef_exchange import COLLECTIVES, UpdateExchange, found_codec
@@ -131,7 +131,7 @@ class SAEFOptimizer(TwoPointOptimizer):
         else:
             for name, used in (("codec", up), ("codec_down", down)):
                 if used is not None:
-                    _check_contractive(name, used)
+                    require_contractive(name, used)
         self.error_feedback = error_feedback
         self.exchange = UpdateExchange(up, down, group, per_tensor, collective, seed)
         self.traffic = Traffic()

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from hf_mlopt.communication.collectives import _to_owners
+from hf_mlopt.communication.collectives import send_to_owners
 from hf_mlopt.communication.config import CompressionConfig
-from hf_mlopt.communication.ddp import _compare_over_ranks, exempt_parameters
+from hf_mlopt.communication.ddp import compare_over_ranks, exempt_parameters
 from hf_mlopt.communication.hook import Traffic
 from hf_mlopt.communication.quantizers import Cast
 from hf_mlopt.errors import ConfigurationError, InputError
@@ -55,7 +55,7 @@ def compress_sharded(
         InputError: If the ranks were given different settings.
     """
     config = config or CompressionConfig(**settings)
-    _check(config)
+    require_for_shards(config)
     if isinstance(model, FullyShardedDataParallel):
         return _compress_fsdp1(model, config)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -69,8 +69,8 @@ def compress_sharded(
 class ShardedCompression:
     """What [`compress_sharded`] has set up. Its `state_dict` is that of this rank."""
 
-    def __init__(self, config: CompressionConfig):
-        self.config, self.up = config, config.up
+    def __init__(self, model: torch.nn.Module, config: CompressionConfig, group):
+        self.model, self.config, self.up, self.group = model, config, config.up, group
         self.traffic = Traffic()
         self.units: list[_Unit] = []
         self.first: _Unit | None = None  # that a backward pass comes to
@@ -79,6 +79,13 @@ class ShardedCompression:
         """What travelled since the last call; a step is an exchange of all units."""
         traffic, self.traffic = self.traffic, Traffic()
         return traffic
+
+    def logs(self) -> dict[str, float]:
+        """What travelled since the last call, as numbers for a log: bytes and seconds are those of a step."""
+        world = dist.get_world_size(self.group)
+        traffic = self.take_traffic()
+        logs = traffic.logs(2 * (world - 1) / world)  # one way
+        return {**logs, "grad_unsent": traffic.unsent} if self.config.has_feedback else logs
 
     def state_dict(self) -> dict:
         """Of this rank: how often each unit was exchanged, and what was not sent of it."""
@@ -149,7 +156,7 @@ class _Unit:
             for owner_rank, part in enumerate(flat.split(shard.numel()))
         ]
         messages = [codec.to_bytes(payload) for payload in payloads]
-        received = _to_owners(messages, codec.wire_bytes(shard.numel()), group)
+        received = send_to_owners(messages, codec.wire_bytes(shard.numel()), group)
         total = torch.zeros(shard.numel(), dtype=torch.float32, device=flat.device)
         for message in received:
             codec.decode(codec.from_bytes(message, shard.numel()), total, accumulate=True)
@@ -191,8 +198,8 @@ def _compress_fsdp1(model: FullyShardedDataParallel, config: CompressionConfig) 
         if module.sharding_strategy.name == "NO_SHARD":
             raise ConfigurationError("sharding_strategy", "NO_SHARD", "has no shards; take DDP and compress")
     group = model.process_group
-    _compare_over_ranks(config, {}, group)
-    compression = ShardedCompression(config)
+    compare_over_ranks(config, {}, group)
+    compression = ShardedCompression(model, config, group)
     try:
         model.register_comm_hook(None, _hook)
     except AssertionError as error:  # a second one, or a hybrid strategy
@@ -213,7 +220,8 @@ def _compress_fsdp2(model: torch.nn.Module, modules: list, config: CompressionCo
     if len(meshes) != 1 or next(iter(meshes)).ndim != 1:
         shown = sorted(str(mesh) for mesh in meshes)
         raise ConfigurationError("mesh", shown, "must be one, of one dimension: shards over all ranks, no replicas")
-    _compare_over_ranks(config, named, next(iter(meshes)).get_group())
+    group = next(iter(meshes)).get_group()
+    compare_over_ranks(config, named, group)
     exempt = exempt_parameters(model, config.exempt)
     units = {name: module for name, module in model.named_modules() if module in set(modules)}
     held: dict[str, list[str]] = {name: [] for name in units}
@@ -221,15 +229,20 @@ def _compress_fsdp2(model: torch.nn.Module, modules: list, config: CompressionCo
         holders = [unit for unit in units if not unit or name.startswith(f"{unit}.")]
         if holders:
             held[max(holders, key=len)].append(name)
-    compression = ShardedCompression(config)
+    compression = ShardedCompression(model, config, group)
     for name, module in units.items():
         module.set_custom_reduce_scatter(_Unit(compression, is_exempt=exempt.issuperset(held[name])))
         _CODED.add(module)
     return compression
 
 
-def _check(config: CompressionConfig) -> None:
-    """Refuses what has nothing to act on."""
+def require_for_shards(config: CompressionConfig) -> None:
+    """
+    Refuses what has nothing to act on under FSDP.
+
+    Raises:
+        ConfigurationError: For such a field.
+    """
     if config.error_feedback == "step-ahead":
         raise ConfigurationError(
             "error_feedback", "step-ahead", "shifts all weights of a rank by what that rank has not sent, and under "

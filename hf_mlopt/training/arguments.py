@@ -40,6 +40,8 @@ class MLOptTrainingArguments(TrainingArguments):
             Settings of the codecs, or a JSON object of them: `{"block": 1024}`.
         error_feedback (`str`, *optional*, defaults to `"none"`):
             `none`, `classic` or `step-ahead`: what becomes of what a codec did not send.
+        grad_collective (`str`, *optional*, defaults to `"auto"`):
+            `auto`, `two-phase`, `all-gather`, or `hierarchical`: coded between machines, float32 inside one.
         step_ahead (`float`, *optional*, defaults to 1.0):
             Coefficient of the step ahead, between 0 (`classic`) and 1.
         error_average_period (`int`, *optional*, defaults to 0):
@@ -64,6 +66,7 @@ class MLOptTrainingArguments(TrainingArguments):
     grad_codec_down: str | None = None
     grad_codec_args: dict[str, Any] | str | None = None
     error_feedback: Literal["none", "classic", "step-ahead"] = "none"
+    grad_collective: Literal["auto", "two-phase", "all-gather", "hierarchical"] = "auto"
     step_ahead: float = 1.0
     error_average_period: int = 0
     warmup_steps_uncompressed: int = 1

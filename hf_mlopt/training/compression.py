@@ -8,7 +8,8 @@ from transformers.utils import logging
 from hf_mlopt.communication.auto_off import Watch
 from hf_mlopt.communication.config import CompressionConfig
 from hf_mlopt.communication.ddp import Compression, compress
-from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.communication.sharded import ShardedCompression, compress_sharded, require_for_shards
+from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.training.optimizer_table import optimizer_entry
 
 
@@ -42,6 +43,7 @@ def compression_config(args) -> CompressionConfig | None:
         grad_codec_down=args.grad_codec_down,
         grad_codec_args=args.grad_codec_args or {},
         error_feedback=args.error_feedback,
+        collective=args.grad_collective,
         step_ahead=args.step_ahead,
         error_average_period=args.error_average_period,
         warmup_steps_uncompressed=args.warmup_steps_uncompressed,
@@ -63,27 +65,34 @@ class CompressionCallback(TrainerCallback):
 
     def __init__(self, trainer: "MLOptTrainer", config: CompressionConfig):
         self.trainer, self.config = trainer, config
-        self.compression: Compression | None = None
+        self.compression: Compression | ShardedCompression | None = None
         self.watch: Watch | None = None
         self._loaded: dict[str, Any] | None = None
-        for kind in ("fsdp", "deepspeed"):
-            if getattr(trainer, f"is_{kind}_enabled"):
-                allowed = "does not act there: gradients are coded on their way between DDP replicas"
-                raise ConfigurationError("grad_codec", config.grad_codec, f"{allowed}; leave {kind} out")
+        if trainer.is_deepspeed_enabled:
+            allowed = "does not act under DeepSpeed, which has no hook for gradients; take DDP or FSDP"
+            raise ConfigurationError("grad_codec", config.grad_codec, allowed)
+        if trainer.is_fsdp_enabled:
+            require_for_shards(config)
 
     def on_train_begin(self, args, state, control, **kwargs):
         wrapped = self.trainer.model_wrapped
         if self.trainer.args.world_size == 1:
             logger.warning(f"grad_codec={self.config.grad_codec!r}: one process sends no gradients; nothing is coded.")
         elif self.compression is None or self.compression.model is not wrapped:
-            if self.compression is not None:  # training begins again, with the model wrapped anew
-                self.watch.close()
-                self.compression.detach()
-            self.compression = compress(wrapped, self.trainer.optimizer, self.config)
-            self.watch = Watch(self.compression, args.compress_auto_off)
+            self._begin(wrapped, args.compress_auto_off)
         if self.compression is not None and self._loaded is not None:
             self.compression.load_state_dict(self._loaded)
         self._loaded = None
+
+    def _begin(self, wrapped, auto_off: bool) -> None:
+        if self.trainer.is_fsdp_enabled:
+            self.compression = compress_sharded(wrapped, self.config)
+            return
+        if self.compression is not None:  # training begins again, with the model wrapped anew
+            self.watch.close()
+            self.compression.detach()
+        self.compression = compress(wrapped, self.trainer.optimizer, self.config)
+        self.watch = Watch(self.compression, auto_off)
 
     def logs(self) -> dict[str, float]:
         """What travelled since the last log line."""
@@ -100,6 +109,11 @@ class CompressionCallback(TrainerCallback):
     def merge(self, state_dicts: list[dict[str, Any]]) -> dict[str, Any]:
         """One state out of those of all ranks of a run with another number of them."""
         written = [state for state in state_dicts if state]  # one process writes none
+        if written and "units" in written[0]:
+            raise InputError(
+                f"what {len(written)} ranks have not sent under FSDP lies in shards and cannot be divided among "
+                "another number; begin it afresh with reset_local_state"
+            )
         return Compression.merged(written) if written else {}
 
     def reset(self) -> None:
