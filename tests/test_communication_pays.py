@@ -273,7 +273,9 @@ def _watched(rank, bandwidth):
 @pytest.mark.parametrize("bandwidth", [10, 1e9])
 def test_it_is_turned_off_on_all_ranks_where_it_does_not_pay(bandwidth):
     first, second = together(lambda rank: _watched(rank, bandwidth))
-    assert first["world"] == 2 and first["verdicts"] == second["verdicts"]
+    assert first["world"] == 2
+    for ours, theirs in zip(first["verdicts"], second["verdicts"], strict=True):  # shards are not even
+        assert ours == {**theirs, "of_bf16": pytest.approx(theirs["of_bf16"], rel=0.02)}
     kept, asked = first["verdicts"]
     # One plain step, three coded ones: it is found out when the fifth begins.
     assert kept["decided"] == asked["decided"] == 4 and kept["pays"] == asked["pays"] == (bandwidth == 10)

@@ -356,9 +356,9 @@ def test_bytes_are_counted():
         return sent
 
     first, second = world_of(2, run)
-    # Averaged before the third step, in float32: half of the vector to the other rank, half of the mean.
-    assert first == [[7, 7], [14, 14], [64, 64 + 4 * 21], [12, 12]]
-    assert second == [[7, 7], [7, 7], [64, 64 + 4 * 21], [12, 12]]
+    # Averaged before the third step, in float32: half of the vector to the other rank, the longer half of the mean.
+    assert first == [[7, 7], [14, 14], [64, 64 + 4 * (11 + 11)], [12, 12]]
+    assert second == [[7, 7], [7, 7], [64, 64 + 4 * (10 + 11)], [12, 12]]
 
 
 def test_ranks_draw_different_numbers():

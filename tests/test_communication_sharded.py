@@ -147,7 +147,7 @@ def test_sent_and_kept_is_all_there_was(world):
         return torch.randn(size * world, generator=torch.Generator().manual_seed(10 * step + rank))
 
     def run(rank):
-        compression = ShardedCompression(CompressionConfig(**{**OPTIONS, **CODED}))
+        compression = ShardedCompression(None, CompressionConfig(**{**OPTIONS, **CODED}), None)
         unit = _Unit(compression, is_exempt=False)
         total, shard = torch.zeros(size), torch.empty(size)
         for step in range(steps):
@@ -186,7 +186,7 @@ def test_resume_is_exact(wrap):
 
 def test_a_gradient_that_is_not_finite_is_not_kept():
     def run(rank):
-        unit = _Unit(ShardedCompression(CompressionConfig(**{**OPTIONS, **CODED})), is_exempt=False)
+        unit = _Unit(ShardedCompression(None, CompressionConfig(**{**OPTIONS, **CODED}), None), is_exempt=False)
         shard = torch.empty(64)
         unit(shard, torch.arange(128.0), None, dist.ReduceOp.AVG)
         before, gradient = unit.unsent[128].clone(), torch.arange(128.0)
@@ -233,7 +233,7 @@ def test_what_cannot_be_coded_is_refused_with_the_reason():
         answers["replicas"] = told(lambda: compress_sharded(replicated))
         different = fsdp2(Net())
         answers["different"] = told(lambda: compress_sharded(different, seed=rank))
-        unit = _Unit(ShardedCompression(CompressionConfig()), is_exempt=False)
+        unit = _Unit(ShardedCompression(None, CompressionConfig(), None), is_exempt=False)
         factor = dist._make_nccl_premul_sum(0.5)
         answers["factor"] = told(lambda: unit(None, None, None, factor))
         del FSDPModule.set_custom_reduce_scatter

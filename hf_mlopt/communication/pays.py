@@ -32,7 +32,8 @@ def bytes_sent(up: Codec, down: Codec, numel: int, world_size: int, gathers_all:
     if gathers_all:
         return float((world_size - 1) * up.wire_bytes(numel))
     sizes = [stop - start for start, stop in shard_bounds(numel, world_size, getattr(up, "block", 1))]
-    return (world_size - 1) / world_size * sum(up.wire_bytes(size) + down.wire_bytes(size) for size in sizes)
+    upward = (world_size - 1) / world_size * sum(up.wire_bytes(size) for size in sizes)
+    return upward + (world_size - 1) * max(down.wire_bytes(size) for size in sizes)  # gathered at equal lengths
 
 
 def bf16_bytes(numel: int, world_size: int) -> float:

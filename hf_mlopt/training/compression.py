@@ -63,6 +63,8 @@ class CompressionCallback(TrainerCallback):
         config (`CompressionConfig`): How gradients travel.
     """
 
+    rank_state = "gradient_compression"
+
     def __init__(self, trainer: "MLOptTrainer", config: CompressionConfig):
         self.trainer, self.config = trainer, config
         self.compression: Compression | ShardedCompression | None = None

@@ -24,6 +24,7 @@ class OptimizerEntry:
         from_arguments (`Mapping`, *optional*): Keyword to the field, the tuple or the mapping of fields, of
             `TrainingArguments` that holds it.
         has_rounds (`bool`, *optional*, defaults to `False`): Whether it takes local steps and averages then.
+        exchanges (`bool`, *optional*, defaults to `False`): Whether its step exchanges what DDP would reduce.
     """
 
     name: str
@@ -31,6 +32,7 @@ class OptimizerEntry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     from_arguments: Mapping[str, Any] = field(default_factory=dict)
     has_rounds: bool = False
+    exchanges: bool = False
 
     def load(self) -> type:
         """Returns the optimizer class."""
@@ -46,6 +48,7 @@ _ENTRIES = (
     OptimizerEntry("rsgd", "hf_mlopt.optimizers.rsgd:RSGD"),
     OptimizerEntry("rsgdm", "hf_mlopt.optimizers.rsgd:RSGD", {"momentum": 0.9}),
     OptimizerEntry("rsgd-adamw", _WRAPPER, {"base": "AdamW"}, from_arguments={"base_args": _ADAM}),
+    OptimizerEntry("saef", "hf_mlopt.communication.saef:SAEFOptimizer", {"momentum": 0.9}, exchanges=True),
     *(
         OptimizerEntry(
             name,

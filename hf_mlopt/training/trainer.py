@@ -16,6 +16,7 @@ from hf_mlopt.training.compression import CompressionCallback, compression_confi
 from hf_mlopt.training.local_steps import LocalState, LocalStepsCallback, unwrapped
 from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs, optimizer_entry
 from hf_mlopt.training.rank_state import RankState, load_rank_state, save_rank_state
+from hf_mlopt.training.saef import SAEFCallback
 from hf_mlopt.training.silos import keep_whole
 from hf_mlopt.training.weights import load_converted_weights
 
@@ -45,17 +46,26 @@ class MLOptTrainer(Trainer):
         self._source_use_cache = _use_cache(model)
         super().__init__(model=model, args=args, **kwargs)
         self._set_up_two_points()
-        self._compression: CompressionCallback | None = None
-        config = compression_config(args) if isinstance(args, MLOptTrainingArguments) else None
-        if config is not None:
-            self._compression = CompressionCallback(self, config)
-            self.register_rank_state("gradient_compression", self._compression)
-            self.add_callback(self._compression)
+        self._compression = self._set_up_compression()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._compression is not None and "loss" in logs:
             logs = {**logs, **self._compression.logs()}
         super().log(logs, *args, **kwargs)
+
+    def _set_up_compression(self) -> CompressionCallback | SAEFCallback | None:
+        """What codes gradients or updates on their way between ranks."""
+        if not isinstance(self.args, MLOptTrainingArguments):
+            return None
+        config, name, callback = compression_config(self.args), self.args.mlopt_optim, None
+        if name is not None and optimizer_entry(name).exchanges:
+            callback = SAEFCallback(self)
+        elif config is not None:
+            callback = CompressionCallback(self, config)
+        if callback is not None:
+            self.register_rank_state(type(callback).rank_state, callback)
+            self.add_callback(callback)
+        return callback
 
     def _set_up_two_points(self) -> None:
         """For optimizers that train at one point and are evaluated at another."""
