@@ -86,7 +86,7 @@ def test_accelerate_takes_its_configuration(path):
     assert first.startswith("# ") and len(first) > 20 and not second.startswith("#")
     config = load_config_from_file(str(path))  # refuses keys that it does not know
     assert config.distributed_type == ("FSDP" if path.stem == "fsdp2" else "MULTI_GPU")
-    expected = (2, "no") if path.stem == "cpu2" else (8, "bf16")
+    expected = {"cpu2": (2, "no"), "cpu4": (4, "no")}.get(path.stem, (8, "bf16"))
     assert (config.num_processes, config.mixed_precision) == expected
 
 
@@ -241,13 +241,16 @@ def test_every_recipe_of_train_is_documented_with_overrides_that_parse():
             assert "mlopt_optim" not in given or config.mlopt_optim == given["mlopt_optim"]
 
 
-@pytest.fixture(params=COMMUNICATION, ids=lambda path: path.stem)
+GRADIENTS = [path for path in COMMUNICATION if not path.stem.startswith("saef")]
+
+
+@pytest.fixture(params=GRADIENTS, ids=lambda path: path.stem)
 def compressed(request):
     return request.param
 
 
 def test_there_are_recipes_of_every_kind_of_compression():
-    recipes = [load_config(TrainRecipe, path, {"num_processes": None}) for path in COMMUNICATION]
+    recipes = [load_config(TrainRecipe, path, {"num_processes": None}) for path in GRADIENTS]
     found = {(recipe.grad_codec, recipe.error_feedback, recipe.error_average_period > 0) for recipe in recipes}
     assert found >= {
         ("bingrad-b", "step-ahead", False),
@@ -256,6 +259,7 @@ def test_there_are_recipes_of_every_kind_of_compression():
         ("top-k-0.01", "step-ahead", True),
         ("sign", "classic", False),
     }
+    assert any(recipe.grad_codec_down not in (None, recipe.grad_codec) for recipe in recipes)
     assert {(recipe.model_type, recipe.dataset) for recipe in recipes} == {("gpt2", "embedded")}
 
 
@@ -279,7 +283,7 @@ def _in_this_rank(words):
     return outcome.status, outcome.err
 
 
-def test_a_recipe_of_compressed_gradients_runs_three_steps_in_two_processes(compressed, quick_to_fork, tmp_path):
+def test_a_recipe_of_compressed_gradients_runs_three_steps_in_its_processes(compressed, quick_to_fork, tmp_path):
     """At a small size; the first step is not coded. What it says of the codec stays as it is."""
     first, second, _, *_ = compressed.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and first.endswith("runs without a network.")
@@ -289,13 +293,31 @@ def test_a_recipe_of_compressed_gradients_runs_three_steps_in_two_processes(comp
     words += ("--model-config", json.dumps(SMALL["gpt2"]), "--sequence-length", "16", "--vocab-size", "300")
     words += ("--max-steps", "3", "--logging-steps", "1", "--compress-min-bytes", "0", "--eval-strategy", "no")
     words += ("--plot=false", "--disable-tqdm")
-    answers = together(lambda rank: _in_this_rank(words), group=False)
-    assert [status for status, _ in answers] == [0, 0], answers
+    config = load_config(TrainRecipe, compressed, {"num_processes": None})
+    world = load_config(TrainRecipe, compressed).num_processes
+    answers = together(lambda rank: _in_this_rank(words), world, group=False)
+    assert [status for status, _ in answers] == [0] * world, answers
     results = json.loads((tmp_path / "output" / "train_results.json").read_text(encoding="utf-8"))
-    assert (results["world_size"], results["steps"]) == (2, 3)
+    assert (results["world_size"], results["steps"]) == (world, 3) and world in (2, 4)
     rows = [row for row in results["log"] if "loss" in row]
     assert [row["grad_plain_buckets"] for row in rows] == [1, 0, 0]
     assert rows[0]["grad_of_bf16"] == pytest.approx(2, rel=1e-3)  # float32
     assert rows[1]["grad_bytes"] < rows[0]["grad_bytes"]
-    has_feedback = load_config(TrainRecipe, compressed, {"num_processes": None}).error_feedback != "none"
+    has_feedback = config.error_feedback != "none"
     assert all(("grad_unsent" in row) == has_feedback for row in rows)
+
+
+def test_the_recipe_of_saef_runs_in_two_processes(quick_to_fork, tmp_path):
+    path = resource_dir("recipes") / "communication" / "saef_digits.yaml"
+    first, second, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert first.endswith("runs without a network.")
+    assert second == f"# hf-mlopt train --config {path.name} --output-dir DIR"
+    words = ("--config", path, "--output-dir", tmp_path / "output", "--max-steps", "3", "--logging-steps", "1")
+    words += ("--plot=false", "--disable-tqdm", "--eval-strategy", "no")
+    answers = together(lambda rank: _in_this_rank(words), group=False)
+    assert [status for status, _ in answers] == [0, 0], answers
+    results = json.loads((tmp_path / "output" / "train_results.json").read_text(encoding="utf-8"))
+    rows = [row for row in results["log"] if "loss" in row]
+    assert (results["world_size"], results["steps"]) == (2, 3) and results["optimizer"]["name"] == "saef"
+    assert all(0 < row["grad_of_bf16"] < 0.2 for row in rows)
+    assert all(0 < row["grad_unsent"] < 1 for row in rows[1:])  # the first learning rate is 0
