@@ -11,6 +11,7 @@ from processes import together
 from reference.error_feedback import sign_of_pairs, step_ahead, top_k
 from torch import nn
 
+from hf_mlopt.communication import ddp as module
 from hf_mlopt.communication import hook
 from hf_mlopt.communication.residuals import Residuals
 from hf_mlopt.communication.step_ahead import StepAhead, logger, reach
@@ -497,3 +498,41 @@ def test_an_optimizer_that_is_not_known_is_not_guessed(kind, monkeypatch):
     assert torch.equal(net.head.weight, clean - 0.125) and len(warned) == 1
     named.back()
     assert digest(net) == before
+
+
+def test_what_the_log_says_of_errors():
+    """Against sums in float64 over what the collectives were given and gave."""
+
+    def run(rank):
+        seen, averaged = [], []
+        exchange, average = hook.two_phase_mean, module.two_phase_mean
+
+        def watched(flat, *args):
+            result = exchange(flat, *args)
+            seen.append([flat.double(), result.sent.double(), result.mean.double(), result.down_error.double()])
+            return result
+
+        def watched_average(flat, *args, **kwargs):
+            result = average(flat, *args, **kwargs)
+            averaged.append([flat.double().clone(), result.mean.double()])
+            return result
+
+        hook.two_phase_mean, module.two_phase_mean = watched, watched_average
+        *_, compression = coded(rank, 6, error_feedback="step-ahead", error_average_period=4, exempt=[])
+        logs = compression.logs()
+        flat, sent, mean, lost = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        errors, means = (torch.cat(parts) for parts in zip(*averaged, strict=True))
+        unsent = flat - sent
+        expected = {
+            "grad_unsent": unsent.norm() / flat.norm(),
+            "grad_cosine": flat.dot(sent) / flat.norm() / sent.norm(),
+            "grad_unsent_norm": unsent.norm() / 6**0.5,
+            "grad_unsent_down": lost.norm() / (mean + lost)[lost != 0].norm(),
+            "grad_unsent_spread": (errors - means).norm() / errors.norm(),
+        }
+        return [[logs[name], float(value)] for name, value in expected.items()], dist.get_world_size()
+
+    for pairs, world in together(run, 3):
+        assert world == 3
+        for ours, theirs in pairs:
+            assert ours == pytest.approx(theirs, rel=1e-4) and ours > 0

@@ -21,12 +21,14 @@ class Exchange:
         bytes_sent (`int`): Bytes that left this rank.
         down_error (`torch.Tensor`, *optional*): `[numel]`, what this rank's shard of the mean lost on its way back, 0
             elsewhere.
+        down_norm (`float`): Sum of squares of what that shard should have sent.
     """
 
     mean: torch.Tensor
     sent: torch.Tensor | None
     bytes_sent: int
     down_error: torch.Tensor | None = None
+    down_norm: float = 0.0
 
 
 Key = Callable[[int, int], tuple[int, ...]]  # phase and rank, or shard -> the names of its random numbers
@@ -103,13 +105,13 @@ def two_phase_mean(
     gathered = gather_messages(message, [down.wire_bytes(size) for size in sizes], group)
     for other, (first, last) in zip(gathered, bounds, strict=True):
         down.decode(down.from_bytes(other, last - first), result[first:last])
-    error = None
+    error, norm = None, 0.0
     if down_residual is not None:
-        error = torch.zeros_like(flat)
+        error, norm = torch.zeros_like(flat), float(mean.square().sum())
         torch.sub(mean, result[start:stop], out=error[start:stop])
     uplink = sum(up.wire_bytes(size) for shard, size in enumerate(sizes) if shard != rank)
     downlink = max(down.wire_bytes(size) for size in sizes) * (world - 1)
-    return Exchange(result, sent, uplink + downlink, error)
+    return Exchange(result, sent, uplink + downlink, error, norm)
 
 
 def shard_bounds(numel: int, world: int, block: int) -> list[tuple[int, int]]:

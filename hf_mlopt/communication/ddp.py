@@ -156,8 +156,11 @@ class Compression:
                 flat, codec, codec, lambda phase, rank, n=number: (self.config.seed, step, n, 2 + phase, rank),
                 self.state.group, want_sent=False,
             )  # fmt: skip
+            traffic = self.state.traffic
+            traffic.spread += float((flat - result.mean).square().sum())
+            traffic.spread_of += float(flat.square().sum())
             flat.copy_(result.mean)
-            self.state.traffic.bytes_sent += result.bytes_sent
+            traffic.bytes_sent += result.bytes_sent
 
     def state_dict(self) -> dict:
         """Of this rank: the next step, the buckets, what it has not sent, what its shards of the mean lost."""
@@ -218,7 +221,7 @@ class Compression:
         if self.state.nodes is not None:
             logs["grad_bytes_across_nodes"] = traffic.bytes_across / max(traffic.steps, 1)
         if self.config.has_feedback:
-            logs["grad_unsent"] = traffic.unsent
+            logs |= traffic.feedback_logs()
         return logs
 
     def reset(self) -> None:

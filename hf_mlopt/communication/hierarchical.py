@@ -133,4 +133,4 @@ def hierarchical_mean(
     for other, (first, last) in zip(gathered, bounds, strict=True):
         whole.decode(whole.from_bytes(other, last - first), result[first:last])
     within = sum(map(len, messages)) - len(messages[rank]) + max(sizes) * (size - 1)
-    return NodeExchange(result, sent, across.bytes_sent + within, error, across.bytes_sent)
+    return NodeExchange(result, sent, across.bytes_sent + within, error, across.down_norm, across.bytes_sent)

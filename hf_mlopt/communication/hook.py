@@ -27,6 +27,10 @@ class Traffic:
         coded (`int`): Of these, coded.
         seconds (`float`): Spent coding and exchanging.
         error (`float`), norm (`float`): Sums of squares of what was not sent, and of what should have been.
+        product (`float`): Sum of their products.
+        down_error (`float`), down_norm (`float`): The same of what this rank's shards of the mean sent back.
+        spread (`float`), spread_of (`float`): When errors were averaged: sums of squares of their distance to the
+            mean, and of them.
         buckets (`int`), plain_buckets (`int`): Buckets, and those that travelled in float32.
         steps (`int`): Backward passes that ended in an exchange.
     """
@@ -38,6 +42,11 @@ class Traffic:
     seconds: float = 0.0
     error: float = 0.0
     norm: float = 0.0
+    product: float = 0.0
+    down_error: float = 0.0
+    down_norm: float = 0.0
+    spread: float = 0.0
+    spread_of: float = 0.0
     buckets: int = 0
     plain_buckets: int = 0
     steps: int = 0
@@ -59,7 +68,26 @@ class Traffic:
     @property
     def unsent(self) -> float:
         """Length of what was not sent, over that of what should have been."""
-        return (self.error / self.norm) ** 0.5 if self.norm else 0.0
+        return _ratio(self.error, self.norm)
+
+    @property
+    def cosine(self) -> float:
+        """Of what was sent, with what should have been."""
+        sent = self.norm - 2 * self.product + self.error
+        return (self.norm - self.product) / (self.norm * sent) ** 0.5 if self.norm > 0 and sent > 0 else 0.0
+
+    def feedback_logs(self) -> dict[str, float]:
+        """What error feedback knows; some is there only with a coded way back, or when errors were averaged."""
+        logs = {
+            "grad_unsent": self.unsent,
+            "grad_cosine": self.cosine,
+            "grad_unsent_norm": (self.error / max(self.steps, 1)) ** 0.5,
+        }
+        if self.down_norm:
+            logs["grad_unsent_down"] = _ratio(self.down_error, self.down_norm)
+        if self.spread_of:
+            logs["grad_unsent_spread"] = _ratio(self.spread, self.spread_of)
+        return logs
 
 
 @dataclass
@@ -185,9 +213,12 @@ class CompressionState:
             unsent = flat.sub(result.sent)
             self.traffic.error += float(unsent.square().sum())
             self.traffic.norm += float(flat.square().sum())
+            self.traffic.product += float(flat.dot(unsent))
             self.residuals.propose(names, unsent)
             if result.down_error is not None:
                 self.down_residuals.propose(names, result.down_error)
+                self.traffic.down_error += float(result.down_error.square().sum())
+                self.traffic.down_norm += result.down_norm
         self.is_finite = self.is_finite and is_finite
         if self.loss_scale != 1.0:
             result.mean.mul_(self.loss_scale)
@@ -244,6 +275,10 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.
         return buffer
 
     return state._fifo.submit(task)
+
+
+def _ratio(of_error: float, of_all: float) -> float:
+    return (of_error / of_all) ** 0.5 if of_all else 0.0
 
 
 def _scatter(flat: torch.Tensor, gradients: list[torch.Tensor]) -> None:
