@@ -164,7 +164,7 @@ def test_what_is_refused(change, message):
 
 def _measured(rank, world, **settings):
     """With a clock that says what a test wants: rank 1 is the slowest at coding, rank 0 at the exchange."""
-    told = iter([4.0 - rank, 0.1 + rank, 0.01 + rank, 1.0 + rank, 0.5 + rank])
+    told = iter([4.0 - rank, 0.1 + rank, 0.01 + rank, 1.0 + rank, 0.5 + rank, 0.2 + rank])
     pays._seconds = lambda *_: next(told)
     result = measure(numel=1000, **settings)
     return result.bandwidth, result.codec_rate, dist.get_world_size()
@@ -175,8 +175,8 @@ def _measured(rank, world, **settings):
     [
         (2, "bingrad-b", False, 1.1 + 2 * 1.01),
         (3, "bingrad-b", False, 2.1 + 2.01 + 2.1 / 3 + 2.01),
-        (3, "bingrad-b", True, 2.1 + 2 * 2.01 + 2.1 / 3 + 2.01),
-        (3, "orq-9", True, 2.1 + 2 * 2.01 + 3.0 / 3 + 2.5),
+        (3, "bingrad-b", True, 2.1 + 2 * 2.01 + 2.1 / 3 + 2.01 + 3.0),  # the fourth is that of feedback
+        (3, "orq-9", True, 2.1 + 2 * 2.01 + 3.0 / 3 + 2.5 + 2.2),
     ],
 )
 def test_what_a_rank_codes_in_a_step_and_the_slowest_counts(world, down, feedback, seconds):

@@ -172,7 +172,7 @@ def measure(
         group (`ProcessGroup`, *optional*): The ranks.
         device (`torch.device`, *optional*, defaults to `"cpu"`): Where gradients are.
         gathers_all (`bool`, *optional*): As for [`bytes_sent`]; by default for two ranks.
-        feedback (`bool`, *optional*, defaults to `False`): Whether a rank decodes what it has sent itself.
+        feedback (`bool`, *optional*, defaults to `False`): Whether a rank keeps what it has not sent.
         repeats (`int`, *optional*, defaults to 3): Times each is timed, after once for nothing.
     """
     world = dist.get_world_size(group)
@@ -186,6 +186,8 @@ def measure(
         times[f"decode {way}"] = lambda used=used, payload=payload: used.decode(payload, sum_, accumulate=True)
         if gathers_all or down == up:
             break
+    if feedback:
+        times["feedback"] = lambda: _feedback_arithmetic(flat, sum_)
     seconds = torch.tensor([_seconds(call, group, flat.device, repeats) for call in times.values()], device=device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)
     slowest = dict(zip(times, seconds.tolist(), strict=True))
@@ -195,7 +197,20 @@ def measure(
     else:
         back = slowest.get("encode down", encode) / world + slowest.get("decode down", decode)
         coding = encode + (1 + feedback) * decode + back
+    coding += slowest.get("feedback", 0.0)
     return Measured(bf16_bytes(numel, world) / slowest["exchange"], numel / coding)
+
+
+def _feedback_arithmetic(flat: torch.Tensor, kept: torch.Tensor) -> None:
+    """What error feedback does beside coding: adds what was kept, keeps the rest, moves the weights and moves back."""
+    wanted = flat.clone().add_(kept)
+    unsent = wanted.sub(kept)
+    for other in (unsent, wanted):
+        other.dot(unsent)
+    wanted.dot(wanted)
+    clean = flat.clone()
+    torch.sub(clean, unsent, out=wanted)
+    wanted.copy_(clean)
 
 
 def _seconds(call: Callable, group, device: torch.device, repeats: int) -> float:
