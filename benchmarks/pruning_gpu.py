@@ -3,7 +3,7 @@ Seconds per decoder layer of each part of pruning on one GPU, for a model of Mix
 
     python benchmarks/pruning_gpu.py    # planned for under 8 minutes on an H100; 50 GB of disk and of host memory
 
-Not yet run on a GPU: it has run from end to end on a CPU only, in a small shape, and no result of a GPU is recorded.
+Recorded on an H200 with 8 layers in memory and 3 on disk (--in-memory-layers 8 --disk-layers 3), in 67 s.
 
 memory      layers on the device: the sweep itself, timed between what it asks of its source and its layer calls
               observe    the forward pass over all calibration data, with the second moments of every expert
