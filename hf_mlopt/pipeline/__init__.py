@@ -1,0 +1,24 @@
+"""Asynchronous pipeline training: the schedule of staleness, the loop of a stage, and what stages speak through."""
+
+from hf_mlopt.lazy import lazy_names
+
+
+_PUBLIC = {
+    "Channels": "hf_mlopt.pipeline.transport.base",
+    "PipelineConfig": "hf_mlopt.pipeline.config",
+    "PipelineError": "hf_mlopt.pipeline.transport.base",
+    "Schedule": "hf_mlopt.pipeline.schedule",
+    "Stage": "hf_mlopt.pipeline.stage",
+    "Telemetry": "hf_mlopt.pipeline.telemetry",
+    "Update": "hf_mlopt.pipeline.updating",
+    "Worker": "hf_mlopt.pipeline.worker",
+    "choose": "hf_mlopt.pipeline.schedule",
+    "distributed_channels": "hf_mlopt.pipeline.transport.distributed",
+    "local_channels": "hf_mlopt.pipeline.transport.local",
+    "memory": "hf_mlopt.pipeline.event_model",
+    "parse": "hf_mlopt.pipeline.schedule",
+    "run_local": "hf_mlopt.pipeline.transport.local",
+    "time_per_batch": "hf_mlopt.pipeline.event_model",
+}
+
+__all__, __getattr__ = lazy_names(__name__, _PUBLIC)
