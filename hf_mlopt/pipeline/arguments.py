@@ -64,12 +64,17 @@ class PipelineTrainingArguments(MLOptTrainingArguments):
                 if getattr(self, name) is not None:
                     raise ConfigurationError(name, getattr(self, name), "needs pipeline, such as auto, lag1 or dsp")
             return
-        self.stages = self.stages or self.world_size
+        self.stages = self.stages or self.processes
         pipeline_config(self)  # its own checks
         _check_processes(self)
         _check_features(self)
         # Each process would add what all stages of a pipeline count alike; replicas are added by the trainer.
         self.average_tokens_across_devices = False
+
+    @property
+    def processes(self) -> int:
+        """How many train."""
+        return self.world_size
 
 
 def pipeline_config(args: PipelineTrainingArguments, mode: str | None = None) -> PipelineConfig:
@@ -97,8 +102,9 @@ def pipeline_config(args: PipelineTrainingArguments, mode: str | None = None) ->
 
 
 def _check_processes(args: PipelineTrainingArguments) -> None:
-    if args.world_size % args.stages:
-        remedy = f"there are {args.world_size} processes; start as many as stages, or a multiple for replicas"
+    if args.processes % args.stages:
+        count = "there is 1 process" if args.processes == 1 else f"there are {args.processes} processes"
+        remedy = f"{count}; start as many as stages, or a multiple for replicas"
         raise ConfigurationError("stages", args.stages, remedy)
     bounds = args.pipeline_bounds
     if bounds is not None and len(bounds) != args.stages + 1:

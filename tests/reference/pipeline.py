@@ -20,7 +20,19 @@ def updates_before(n, every, drains=()):
     return count
 
 
-def simulate(blocks, optimizers, m, batches, every=1, drains=(), predict=None, max_norm=0.0, lagged=False, tied=None):
+def simulate(
+    blocks,
+    optimizers,
+    m,
+    batches,
+    every=1,
+    drains=(),
+    predict=None,
+    max_norm=0.0,
+    lagged=False,
+    tied=None,
+    is_counted=False,
+):
     """
     Args:
         blocks: Modules; not changed.
@@ -30,6 +42,7 @@ def simulate(blocks, optimizers, m, batches, every=1, drains=(), predict=None, m
         predict: None, or β of momentum.
         tied: Functions that give the copy in the first block and its owner in the last. The gradient of the copy for
             batch n joins the owner's at batch min(n + m_0, E - 1), E the next drain; both are equal in each version.
+        is_counted: Whether the blocks divide their loss by the items of a group, so that it is summed.
         max_norm: Bound of the norm of each block's gradient, or with `lagged` of all blocks'.
 
     Returns: the blocks after the last update, and the losses.
@@ -63,7 +76,7 @@ def simulate(blocks, optimizers, m, batches, every=1, drains=(), predict=None, m
             out = block(x, batch)
             if k == K - 1:
                 losses.append(out[0].item())
-                (out[0] * (1.0 / len(group))).backward()
+                (out[0] * (1.0 if is_counted else 1.0 / len(group))).backward()
             else:
                 torch.autograd.backward(out, gradient)
             gradient = tuple(t.grad for t in x)

@@ -203,6 +203,7 @@ def distributed_channels(
     timeout: float = 600.0,
     free: bool = False,
     tied: bool = False,
+    pauses: bool = False,
 ) -> Channels:
     """
     Connects this process with the stages before and after it.
@@ -217,6 +218,8 @@ def distributed_channels(
         timeout (`float`, *optional*, defaults to 600.0): Seconds a stage waits for another.
         free (`bool`, *optional*, defaults to `False`): For a free-running queue.
         tied (`bool`, *optional*, defaults to `False`): Adds channels between the first and the last stage.
+        pauses (`bool`, *optional*, defaults to `False`): All stages may pause after the same local step, as a Trainer
+            does to log: makes room for what comes back until then.
 
     Returns:
         [`Channels`]: Of this stage.
@@ -259,7 +262,7 @@ def distributed_channels(
         channels.backward_out = connect(Sender, 1, k - 1)
     if k < schedule.stages - 1:
         channels.forward_out = connect(Sender, 0, k + 1)
-        channels.backward_in = connect(Receiver, 1, k + 1, gradient_slots(schedule, k, free), condition)
+        channels.backward_in = connect(Receiver, 1, k + 1, gradient_slots(schedule, k, free, pauses), condition)
     if tied and k in (0, schedule.stages - 1):
         other, (outward, inward) = (schedule.stages - 1, (2, 3)) if k == 0 else (0, (3, 2))
         channels.tied_out = connect(Sender, outward, other)

@@ -49,14 +49,17 @@ def local_channels(
     return channels
 
 
-def gradient_slots(schedule: Schedule, k: int, free: bool) -> int:
+def gradient_slots(schedule: Schedule, k: int, free: bool, pauses: bool = False) -> int:
     """
     Slots at the receiver from stage k + 1 to k.
 
     Free-running stages back-propagate in another order, so that a queue of q could fill while stage k waits to send
-    forward; the batches in flight at k bound what can come back.
+    forward; the batches in flight at k bound what can come back. Where all stages pause after the same local step,
+    stage k + 1 has sent m_k - m_{k+1} gradients by then that k has not taken.
     """
-    return schedule.m[k] + 1 if free else schedule.gradient_capacity(k)
+    if free:
+        return schedule.m[k] + 1
+    return max(1, schedule.m[k] - schedule.m[k + 1]) if pauses else schedule.gradient_capacity(k)
 
 
 def tied_slots(schedule: Schedule) -> int:
