@@ -36,8 +36,8 @@ SEEDS = (0, 1, 2)
 FEEDBACK = {
     "none": {},
     "classic": {"error_feedback": "classic"},
-    "step-ahead": {"error_feedback": "step-ahead"},
-    "step-ahead, averaged": {"error_feedback": "step-ahead", "error_average_period": 20},
+    "step-ahead": {"error_feedback": "step-ahead", "step_ahead": 1.0},
+    "step-ahead, averaged": {"error_feedback": "step-ahead", "step_ahead": 1.0, "error_average_period": 20},
     # Added when the others had been seen; the grid held the four above.
     "a tenth ahead": {"error_feedback": "step-ahead", "step_ahead": 0.1},
 }

@@ -78,7 +78,7 @@ def test_the_hook_is_the_authors_listing_to_the_bit(world, eta=2.0**-4, steps=12
             net = Tanh()
             *_, compression = coded(
                 rank, steps, net, lambda model: sgd(model, eta), warmup_steps_uncompressed=0,
-                error_average_codec="none", **settings
+                error_average_codec="none", step_ahead=1.0, **settings
             )  # fmt: skip
             state = compression.state_dict()
             kept = [list(state[kind]["values"].values()) for kind in ("residuals", "down_residuals")]

@@ -27,7 +27,7 @@ class CompressionConfig:
         grad_codec_args (`dict`, *optional*): Settings of both codecs, such as `{"block": 1024}`.
         error_feedback (`str`, *optional*, defaults to `"none"`): `none`; `classic` adds to every gradient what was not
             sent before; `step-ahead` also takes the gradient where the unsent part would lead.
-        step_ahead (`float`, *optional*, defaults to 1.0): Coefficient α of that shift, in [0, 1]; 0 is `classic`.
+        step_ahead (`float`, *optional*, defaults to 0.1): Coefficient α of that shift, in [0, 1]; 0 is `classic`.
         error_average_period (`int`, *optional*, defaults to 0): Steps between two averages of the unsent parts over
             the ranks; 0 is never.
         error_average_codec (`str`, *optional*, defaults to `"bf16"`): What these are sent in.
@@ -51,7 +51,7 @@ class CompressionConfig:
     grad_codec_down: str | None = None
     grad_codec_args: dict = field(default_factory=dict)
     error_feedback: Literal["none", "classic", "step-ahead"] = "none"
-    step_ahead: float = 1.0
+    step_ahead: float = 0.1
     error_average_period: int = 0
     error_average_codec: str = "bf16"
     collective: Literal["auto", "two-phase", "all-gather", "hierarchical"] = "auto"

@@ -42,7 +42,7 @@ class MLOptTrainingArguments(TrainingArguments):
             `none`, `classic` or `step-ahead`: what becomes of what a codec did not send.
         grad_collective (`str`, *optional*, defaults to `"auto"`):
             `auto`, `two-phase`, `all-gather`, or `hierarchical`: coded between machines, float32 inside one.
-        step_ahead (`float`, *optional*, defaults to 1.0):
+        step_ahead (`float`, *optional*, defaults to 0.1):
             Coefficient of the step ahead, between 0 (`classic`) and 1.
         error_average_period (`int`, *optional*, defaults to 0):
             Steps between two averages over the ranks of what was not sent; 0 is never.
@@ -67,7 +67,7 @@ class MLOptTrainingArguments(TrainingArguments):
     grad_codec_args: dict[str, Any] | str | None = None
     error_feedback: Literal["none", "classic", "step-ahead"] = "none"
     grad_collective: Literal["auto", "two-phase", "all-gather", "hierarchical"] = "auto"
-    step_ahead: float = 1.0
+    step_ahead: float = 0.1
     error_average_period: int = 0
     warmup_steps_uncompressed: int = 1
     compress_min_bytes: int = 16384
