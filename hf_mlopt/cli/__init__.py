@@ -65,11 +65,11 @@ def _make_parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-mlopt", description=package_summary)
     parser.add_argument("--version", action="version", version=f"hf-mlopt {__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    verbs = sorted(module.name for module in iter_modules(__path__))
+    verbs = {module.name.replace("_", "-"): module.name for module in iter_modules(__path__)}
     # A verb that is named needs none of the others: its start does not wait for their imports.
     named = argv[:1] if argv and argv[0] in verbs else []
-    for verb in named or verbs:
-        module = import_module(f"{__name__}.{verb}")
+    for verb in named or sorted(verbs):
+        module = import_module(f"{__name__}.{verbs[verb]}")
         # Abbreviated options would change their meaning whenever an option is added.
         verb_parser = subparsers.add_parser(verb, help=module.HELP, description=module.HELP, allow_abbrev=False)
         if named:  # the list of verbs shows no options, and those of `train` come with torch

@@ -6,6 +6,7 @@ import os
 
 from hf_mlopt.configuration import add_arguments as add_fields
 from hf_mlopt.configuration import arguments_given, load_config
+from hf_mlopt.errors import InputError
 
 
 HELP = "Train a language model or an image classifier with an optimizer of this package."
@@ -33,14 +34,22 @@ def run(args: argparse.Namespace) -> int | None:
         return launch(words, recipe.num_processes, recipe.use_cpu)
     try:
         results, output = train(recipe)
-    finally:
+    except InputError:
         _leave_process_group()
+        raise
+    _leave_process_group()
     if first:
         metric = next(name for name in ("eval_perplexity", "eval_accuracy") if name in results)
         value = "not finite" if results[metric] is None else f"{results[metric]:.4g}"
         print(f"{metric.removeprefix('eval_')} {value} after {results['steps']} steps in {results['seconds']:.0f} s")
-        print(f"written to {output}: model, recipe.yaml, train_results.json" + (", curves.png" if recipe.plot else ""))
+        print(f"written to {output}: model, recipe.yaml, train_results.json" + _pictures(recipe))
     return None
+
+
+def _pictures(recipe) -> str:
+    if not recipe.plot:
+        return ""
+    return ", curves.png" + (", timeline.png" if recipe.pipeline else "")
 
 
 def _leave_process_group() -> None:

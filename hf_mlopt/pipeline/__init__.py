@@ -9,6 +9,7 @@ _PUBLIC = {
     "PipelineTrainingArguments": "hf_mlopt.pipeline.arguments",
     "PipelineConfig": "hf_mlopt.pipeline.config",
     "PipelineError": "hf_mlopt.pipeline.transport.base",
+    "SynchronousWorker": "hf_mlopt.pipeline.torch_pp",
     "Schedule": "hf_mlopt.pipeline.schedule",
     "Stage": "hf_mlopt.pipeline.stage",
     "Telemetry": "hf_mlopt.pipeline.telemetry",

@@ -1,5 +1,6 @@
 """`PipelineTrainer`: a Trainer whose model is cut into blocks, one a process, that train with stale parameters."""
 
+import atexit
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_mlopt.pipeline.schedule import SYNCHRONOUS, parse
 from hf_mlopt.pipeline.stage_model import StageModel
 from hf_mlopt.pipeline.transport.base import Channels
 from hf_mlopt.pipeline.transport.distributed import distributed_channels
+from hf_mlopt.pipeline.updating import Update
 from hf_mlopt.pipeline.worker import Worker
 from hf_mlopt.training.compression import compression_config
 from hf_mlopt.training.rank_state import load_rank_state, save_rank_state
@@ -64,12 +66,17 @@ class PipelineTrainer(MLOptTrainer):
         self.worker: Worker | None = None
         self.replicas: ReplicaMean | None = None
         self.assembly: Assembly | None = None
-        self._dir_of_state: str | None = None
+        self._grad_norm = 0.0
         super().__init__(model, args, **kwargs)
         self._set_signature_columns_if_needed()  # of the whole model
         self._whole = model
         self._groups = _make_groups(args.stages, self.num_replicas)
         self.register_rank_state("pipeline", _StageState(self))
+
+    def close(self) -> None:
+        """Ends the connections between stages, which all ranks do after their last training or evaluation."""
+        if isinstance(self.worker, Worker):
+            self.worker.channels.close()
 
     @property
     def is_last_stage(self) -> bool:
@@ -182,6 +189,7 @@ class PipelineTrainer(MLOptTrainer):
         settings = {
             "config": self.config, "scheduler": scheduler, "before_step": before_step,
             "context": self.accelerator.autocast, "period": self._batches_of_epoch,
+            "on_update": self._note_update,
         }  # fmt: skip
         if self.config.mode in SYNCHRONOUS:
             from hf_mlopt.pipeline.torch_pp import SynchronousWorker
@@ -201,6 +209,10 @@ class PipelineTrainer(MLOptTrainer):
                 pauses=True,
             )  # fmt: skip
         self.worker = Worker(block, self.stage, args.stages, schedule, self.optimizer.inner, channels, **settings)
+        atexit.register(channels.close)  # threads that outlive the interpreter would abort it
+
+    def _note_update(self, update: Update) -> None:
+        self._grad_norm = update.grad_norm
 
     @property
     def _ranks_of_pipe(self) -> list[int]:
@@ -224,6 +236,12 @@ class PipelineTrainer(MLOptTrainer):
         factor = self.args.stages * (self.num_replicas if counts else 1)
         return torch.tensor((loss or 0.0) * factor, device=self.args.device)
 
+    def _clip_grad_norm(self, model) -> None:
+        """Nothing: the worker clips when a group is complete."""
+
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        """None: each stage has one, see the telemetry."""
+
     def _empties_after(self, step: int) -> bool:
         """Whether it is known that the pipeline is emptied after this update."""
         args, state = self.args, self.state
@@ -244,12 +262,16 @@ class PipelineTrainer(MLOptTrainer):
         super().log(logs, *args, **kwargs)
 
     def _telemetry(self) -> dict[str, float]:
-        """Of every stage since the last line: the part of its time that it waited, and its mean version lag."""
+        """Of every stage: the part of its time that it waited, its mean version lag, the norm of its last gradient."""
         summary = self.worker.telemetry.summary()
         known = getattr(self, "_seconds_before", {})
         spent = {name: value - known.get(name, 0.0) for name, value in summary.items() if name.startswith("seconds")}
         self._seconds_before = {**known, **{name: summary[name] for name in spent}}
-        own = {"wait": spent["seconds_wait"] / max(sum(spent.values()), 1e-9), "lag": summary.get("mean_lag", 0.0)}
+        own = {
+            "wait": spent["seconds_wait"] / max(sum(spent.values()), 1e-9),
+            "lag": summary.get("mean_lag", 0.0),
+            "grad_norm": self._grad_norm,
+        }
         everyone: list = [own] * self.args.stages
         if self.args.stages > 1:
             dist.all_gather_object(everyone, own, group=self._groups["pipe"])

@@ -100,6 +100,7 @@ def train(recipe: TrainRecipe) -> tuple[dict, Path]:
     # These take seconds, which a parser, and the parent of several processes, need not wait for.
     from transformers import default_data_collator, enable_full_determinism, set_seed
 
+    from hf_mlopt.pipeline import PipelineTrainer
     from hf_mlopt.training import MLOptTrainer
 
     resumed = ranks.on_first(lambda: _check_places(recipe))
@@ -109,7 +110,8 @@ def train(recipe: TrainRecipe) -> tuple[dict, Path]:
     with recipe.main_process_first(desc="reading the data"):
         data = load_text_data(recipe, checkpoint) if is_text else load_image_data(recipe)
     enable_full_determinism(recipe.seed) if recipe.full_determinism else set_seed(recipe.seed)
-    trainer = MLOptTrainer(
+    trainer_class = MLOptTrainer if recipe.pipeline is None else PipelineTrainer
+    trainer = trainer_class(
         build_model(recipe, checkpoint, config, data),
         recipe,
         train_dataset=data.train,
@@ -127,9 +129,17 @@ def train(recipe: TrainRecipe) -> tuple[dict, Path]:
     if elsewhere:
         results["eval_loss_elsewhere"] = elsewhere
     output = Path(recipe.output_dir).resolve()
+    timeline = trainer.timeline() if recipe.pipeline else None
     if ranks.rank() == 0:
         _write(recipe, results, output)
+        if timeline and recipe.plot is not False:
+            from hf_mlopt.pipeline.timeline import plot_timeline
+
+            title = f"{results['model']}, {results['pipeline']['mode']}"
+            plot_timeline(timeline, _plot_path(recipe).with_name("timeline.png"), title)
     trainer.save_model()  # pushes the whole directory where it is to be pushed
+    if recipe.pipeline:
+        trainer.close()
     ranks.wait_for_all()
     return results, output
 
@@ -204,6 +214,7 @@ def _results(recipe: TrainRecipe, trainer: "MLOptTrainer", data, metrics: dict, 
         "seed": recipe.seed,
         "world_size": recipe.world_size,
         "local_steps": recipe.local_steps,
+        **({"pipeline": trainer.assembly.to_dict()} if recipe.pipeline else {}),
         "device": recipe.device.type,
         "data": data.record,
         "environment": environment(),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from hf_mlopt.errors import ConfigurationError
-from hf_mlopt.training import MLOptTrainingArguments
+from hf_mlopt.pipeline import PipelineTrainingArguments
 from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs
 from hf_mlopt.workflows.launch import check_num_processes, launched
 from hf_mlopt.workflows.train_data import TRAINED_TOKENIZERS, is_image_source
@@ -22,7 +22,7 @@ _NOT_WRITTEN = ("output_dir", "resume_from_checkpoint", "hub_token", "local_rank
 
 
 @dataclass(repr=False)  # the inherited one keeps tokens out of logs
-class TrainRecipe(MLOptTrainingArguments):
+class TrainRecipe(PipelineTrainingArguments):
     """
     Everything one run of `hf-mlopt train` is given; the keys of a recipe. All fields of `TrainingArguments` are among
     them; evaluation is once an epoch and a log line every 10 steps unless they say otherwise.
@@ -50,7 +50,7 @@ class TrainRecipe(MLOptTrainingArguments):
         similarity (`float`, *optional*): Makes every process a silo with images of its own: this part of them is dealt
             at random, the rest in the order of their labels. 1 is i.i.d., 0 gives each process few labels.
         num_processes (`int`, *optional*): Processes to train in, a GPU each, or with `use_cpu` on the cores of this
-            machine.
+            machine. With `pipeline`, by default one for each of the `stages`.
         resume_from_checkpoint (`str` or `bool`, *optional*): Training checkpoint to go on from; `true` is the last one
             in `output_dir`.
         eval_strategy (`str`, *optional*, defaults to `"epoch"`): When to evaluate: `no`, `steps` or `epoch`.
@@ -91,6 +91,10 @@ class TrainRecipe(MLOptTrainingArguments):
             raise ConfigurationError("plot", self.plot, "must end in .png, or be true or false")
         # accelerate 1.15 has the processes of a machine without GPUs find one another only where this is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.pipeline is not None and self.num_processes is None and not launched():
+            if self.stages is None:
+                raise ConfigurationError("stages", None, "is needed with pipeline, where no launcher has started them")
+            self.num_processes = self.stages
         check_num_processes(self.num_processes, self.use_cpu)
         super().__post_init__()
         if launched() and self.world_size != int(os.environ["WORLD_SIZE"]):
@@ -100,6 +104,11 @@ class TrainRecipe(MLOptTrainingArguments):
                 f"were started, {self.world_size} have found one another",
             )
         _check_optimizer(self)
+
+    @property
+    def processes(self) -> int:
+        """Those that train, also before they are started."""
+        return self.world_size if launched() else self.num_processes or self.world_size
 
 
 def _default(field: Field):

@@ -178,5 +178,6 @@ class Channels:
         self.on_abort(str(error) if is_relayed else f"stage {stage} failed: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Ends the connection after the last run; every stage has to."""
-        self.on_close()
+        """Ends the connection after the last run; every stage has to. A second time it does nothing."""
+        on_close, self.on_close = self.on_close, lambda: None
+        on_close()
