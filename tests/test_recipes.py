@@ -241,6 +241,7 @@ def test_every_recipe_of_train_is_documented_with_overrides_that_parse():
             assert "mlopt_optim" not in given or config.mlopt_optim == given["mlopt_optim"]
 
 
+PIPELINE = sorted((resource_dir("recipes") / "pipeline").glob("*.yaml"))
 GRADIENTS = [path for path in COMMUNICATION if not path.stem.startswith("saef")]
 
 
@@ -321,3 +322,49 @@ def test_the_recipe_of_saef_runs_in_two_processes(quick_to_fork, tmp_path):
     assert (results["world_size"], results["steps"]) == (2, 3) and results["optimizer"]["name"] == "saef"
     assert all(0 < row["grad_of_bf16"] < 0.2 for row in rows)
     assert all(0 < row["grad_unsent"] < 1 for row in rows[1:])  # the first learning rate is 0
+
+
+@pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)
+def test_a_recipe_of_a_pipeline_runs_three_steps_in_its_stages(path, quick_to_fork, tmp_path):
+    """At a small size; the model that is written is one that transformers loads."""
+    from transformers import AutoModelForCausalLM
+
+    first, second, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and first.endswith("runs without a network.")
+    assert second == f"# hf-mlopt train --config {path.name} --output-dir DIR"
+    config = load_config(TrainRecipe, path)
+    assert config.num_processes == config.stages == 2
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    words = ("--config", path, "--output-dir", tmp_path / "output", "--dataset", tmp_path / "text.txt")
+    words += ("--model-config", json.dumps(SMALL_STAGES[config.model_type]), "--sequence-length", "16")
+    words += ("--vocab-size", "300", "--max-steps", "3", "--logging-steps", "1", "--disable-tqdm")
+    answers = together(lambda rank: _in_this_rank(words), group=False)
+    assert [status for status, _ in answers] == [0, 0], answers
+    results = json.loads((tmp_path / "output" / "train_results.json").read_text(encoding="utf-8"))
+    assert (results["world_size"], results["steps"]) == (2, 3) and results["pipeline"]["mode"].startswith("dsp:")
+    rows = [row for row in results["log"] if "loss" in row]
+    assert len(rows) == 3 and all(0 <= row["stage_1_wait"] <= 1 for row in rows)
+    assert rows[-1]["stage_0_grad_norm"] > 0 and rows[-1]["stage_1_grad_norm"] > 0
+    for name in ("curves.png", "timeline.png", "pipeline.json"):
+        assert (tmp_path / "output" / name).is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    assert loaded.config.model_type == config.model_type
+
+
+# With tied embeddings, and with a load-balancing loss, as the recipes have them.
+SMALL_STAGES = {
+    "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32},
+    "mixtral": {
+        **{"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
+        **{"num_key_value_heads": 1, "num_local_experts": 4, "output_router_logits": True},
+    },
+}
+
+
+def test_stages_without_their_number_are_refused(tmp_path):
+    outcome = hf_mlopt("train", "--pipeline", "dsp", "--output-dir", tmp_path / "output", "--use-cpu")
+    assert outcome.status == 2 and "stages=None: is needed with pipeline" in outcome.err
+    outcome = hf_mlopt(
+        "train", "--pipeline", "dsp:1,2", "--stages", "2", "--output-dir", tmp_path / "output", "--use-cpu"
+    )
+    assert outcome.status == 2 and "pipeline='dsp:1,2'" in outcome.err

@@ -175,7 +175,10 @@ def parse(mode: str, stages: int) -> Schedule:
         raise ConfigurationError("mode", mode, "a vector is numbers, as in dsp:4,2,0 or dsp:1,1,0;4,2,0") from None
     if len(vectors) > 2 or any(len(vector) != stages for vector in vectors):
         raise ConfigurationError("mode", mode, f"needs one value for each of {stages} stages, as in dsp:p;m or dsp:m")
-    return Schedule(*vectors) if len(vectors) == 2 else Schedule(_split(vectors[0]), vectors[0])
+    try:
+        return Schedule(*vectors) if len(vectors) == 2 else Schedule(_split(vectors[0]), vectors[0])
+    except ConfigurationError as error:  # as it was given
+        raise ConfigurationError("mode", mode, str(error).partition(": ")[2]) from None
 
 
 def choose(
