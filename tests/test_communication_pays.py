@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import logging
 import re
 import time
@@ -58,7 +59,9 @@ def test_bytes_of_the_specification(name, world, expected):
     assert bytes_sent(used, used, numel, world, world == 2) / numel == pytest.approx(expected, abs=0.006)
 
 
-ROWS = re.findall(r"^\| `([\w.-]+)` \| (\d.*?) \| [^|]*\|$", PAGE.read_text(encoding="utf-8"), re.M)
+TEXT = PAGE.read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `([\w.-]+)` \| (\d.*?) \| [^|]*\|$", TEXT[: TEXT.index("## When does it pay")], re.M)
+RECORD = json.loads((PAGE.parent.parent / "benchmarks" / "results" / "communication.json").read_text())
 
 
 @pytest.mark.parametrize("name, row", ROWS, ids=[name for name, _ in ROWS])
@@ -68,6 +71,44 @@ def test_the_documentation_says_what_codecs_take_and_are(name, row):
     numbers += [bytes_sent(used, used, numel, world, world == 2) / numel for world in (2, 8, 64)]
     properties = ["yes" if used.biased else "no", {True: "yes", None: "depends"}[used.contractive]]
     assert row.split(" | ") == [*(f"{number:.3f}" for number in numbers), *properties]
+
+
+def _shown(heading):
+    """Rows of a table of the section of measurements: first cell, and the numbers of the others as they are shown."""
+    section = TEXT[TEXT.index("## Measured") :]
+    part = section[section.index(heading) :]
+    part = part[: part.index("\n\n", part.index("|---"))]
+    lines = [[cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in part.splitlines() if line[:1] == "|"]
+    return lines[0], lines[2:]
+
+
+def test_the_documentation_says_what_was_measured():
+    """Every number of the tables of errors, steps and losses is that of the record."""
+    errors = [row for row in RECORD["rows"] if row["kind"] == "error"]
+    sources = [("Gaussian", None), ("Student-t3", None), ("transformer", 100), ("ResNet", 100)]
+    for name, *cells in _shown("**Error**")[1]:
+        for cell, (source, step) in zip(cells, sources, strict=True):
+            of = [r for r in errors if (r["codec"], r["source"], r.get("step")) == (name, source, step)]
+            assert float(cell.split()[0]) == pytest.approx(sum(r["error"] for r in of) / len(of), rel=0.005)
+            if "%" in cell:
+                above = 100 * (sum(r["of_optimum"] for r in of) / len(of) - 1)
+                assert float(cell.split("+")[1].split()[0]) == pytest.approx(above, abs=0.6)
+    steps = {(r["ranks"], r["bandwidth"], r["codec"]): r for r in RECORD["rows"] if r["kind"] == "link"}
+    header, rows = _shown("**A step**")
+    names = [{"PowerSGD, rank 4": "powersgd-4"}.get(name, name) for name in header[1:]]
+    for what, *cells in rows:
+        ranks, bandwidth = int(what.split()[0]), {"100 Mbit/s": 1e8, "1 Gbit/s": 1e9}[what.split(", ")[1]]
+        for name, cell in zip(names, cells, strict=True):
+            assert float(cell) == pytest.approx(steps[ranks, bandwidth, name]["step_seconds_median"], rel=0.011)
+    losses = {entry["mode"]: entry["over_bf16"] for entry in RECORD["quality_summary_LM"]}
+    modes = ("none", "classic", "a tenth ahead", "step-ahead", "step-ahead, averaged")
+    shown = 0
+    for name, *cells in _shown("**Loss**")[1]:
+        for mode, cell in zip(modes, cells[:-1], strict=True):
+            if cell:
+                assert float(cell) == pytest.approx(losses[f"{name} / {mode}"], abs=6e-4)
+                shown += 1
+    assert shown == len(losses) - 2  # all but fp32 and bf16
 
 
 def test_the_documentation_has_all_kinds():
