@@ -365,6 +365,6 @@ def _rank(rank: int, world: int, store: str, pipe, work: Callable, arguments: tu
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(minutes=3))
     work(rank, pipe.send if pipe else lambda value: None, *arguments)
     dist.barrier()
-    dist.destroy_process_group()
     if pipe:
-        pipe.send(None)
+        pipe.send(None)  # before the end of the group, which may not return while threads of a transport are left
+    dist.destroy_process_group()
