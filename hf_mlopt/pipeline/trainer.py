@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, get_last_checkpoint
 from transformers.utils import logging
 
+from hf_mlopt.communication.ddp import exempt_parameters
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.pipeline.arguments import PipelineTrainingArguments, pipeline_config
 from hf_mlopt.pipeline.assembly import Assembly, assemble
@@ -181,11 +182,13 @@ class PipelineTrainer(MLOptTrainer):
 
     def _make_worker(self, scheduler) -> None:
         args, block = self.args, self.model.block
+        self.close()  # of a training, or an evaluation, before
         before_step = None
         if self.num_replicas > 1:
             config = compression_config(args)
             is_sum = self.model_accepts_loss_kwargs
-            self.replicas = before_step = ReplicaMean(block, self._groups["replicas"], is_sum, config)
+            exempt = exempt_parameters(block.shell, config.exempt) if config is not None else ()
+            self.replicas = before_step = ReplicaMean(block, self._groups["replicas"], is_sum, config, exempt)
         settings = {
             "config": self.config, "scheduler": scheduler, "before_step": before_step,
             "context": self.accelerator.autocast, "period": self._batches_of_epoch,
