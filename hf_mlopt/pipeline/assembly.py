@@ -1,8 +1,10 @@
 """What all ranks agree on before a pipeline starts: where the model is cut, and who is how stale."""
 
+import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_mlopt import ranks
+from hf_mlopt.errors import InputError
+from hf_mlopt.pipeline.arguments import PipelineTrainingArguments
 from hf_mlopt.pipeline.config import PipelineConfig
 from hf_mlopt.pipeline.partition import balance, layer_costs
 from hf_mlopt.pipeline.schedule import SYNCHRONOUS, choose, parse
@@ -17,6 +21,7 @@ from hf_mlopt.pipeline.schedule import SYNCHRONOUS, choose, parse
 
 logger = logging.get_logger(__name__)
 
+FILE_NAME = "pipeline.json"  # in every checkpoint
 _PINGS = 20
 
 
@@ -99,3 +104,40 @@ def _time_links() -> tuple[float, float]:
         seconds.append((time.perf_counter() - start) / 2)
     one_way = statistics.median(seconds[1:])
     return one_way, statistics.quantiles(seconds[1:], n=10)[-1] - one_way
+
+
+def batch_shape_of(dataset, args, model) -> tuple[int, ...] | None:
+    """Of a batch of the training set, as far as its first row tells."""
+    if dataset is None:
+        return None
+    row = dataset[0].get(model.main_input_name)
+    return None if row is None else (args.per_device_train_batch_size, *torch.as_tensor(row).shape)
+
+
+def read_assembly(checkpoint: str, args: PipelineTrainingArguments) -> Assembly:
+    """
+    What a checkpoint was written with.
+
+    Args:
+        checkpoint (`str`): Folder of a training checkpoint.
+        args ([`PipelineTrainingArguments`]): What is asked for now.
+
+    Raises:
+        InputError: If there is none, or the arguments say otherwise.
+    """
+    path = Path(checkpoint) / FILE_NAME
+    if not path.is_file():
+        raise InputError(
+            f"resume_from_checkpoint={checkpoint!r}: holds no {FILE_NAME}; it was not written by a pipeline"
+        )
+    found = Assembly(**json.loads(path.read_text(encoding="utf-8")))
+    given = {"stages": (args.stages, len(found.bounds) - 1)}
+    if args.pipeline_bounds is not None:
+        given["pipeline_bounds"] = (args.pipeline_bounds, found.bounds)
+    if args.pipeline != "auto":
+        mode = args.pipeline if args.pipeline in SYNCHRONOUS else parse(args.pipeline, args.stages).text
+        given["pipeline"] = (mode, found.mode)
+    for name, (own, written) in given.items():
+        if own != written:
+            raise InputError(f"{name}={own!r}: the checkpoint was written with {written!r}; use the same")
+    return found

@@ -14,11 +14,11 @@ from transformers.utils import logging
 from hf_mlopt.communication.ddp import exempt_parameters
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.pipeline.arguments import PipelineTrainingArguments, pipeline_config
-from hf_mlopt.pipeline.assembly import Assembly, assemble
+from hf_mlopt.pipeline.assembly import FILE_NAME, Assembly, assemble, batch_shape_of, read_assembly
 from hf_mlopt.pipeline.partition import merged_state_dict, num_layers, split
 from hf_mlopt.pipeline.replicas import ReplicaMean
 from hf_mlopt.pipeline.schedule import SYNCHRONOUS, parse
-from hf_mlopt.pipeline.stage_model import StageModel
+from hf_mlopt.pipeline.stand_ins import Shown, StageModel
 from hf_mlopt.pipeline.transport.base import Channels
 from hf_mlopt.pipeline.transport.distributed import distributed_channels
 from hf_mlopt.pipeline.updating import Update
@@ -29,8 +29,6 @@ from hf_mlopt.training.trainer import MLOptTrainer
 
 
 logger = logging.get_logger(__name__)
-
-ASSEMBLY = "pipeline.json"
 
 
 class PipelineTrainer(MLOptTrainer):
@@ -99,9 +97,9 @@ class PipelineTrainer(MLOptTrainer):
         args, model = self.args, self._whole
         config = pipeline_config(args)
         if checkpoint is not None:
-            self.assembly = _read_assembly(checkpoint, args)
+            self.assembly = read_assembly(checkpoint, args)
         else:
-            shape = _batch_shape(self.train_dataset, args, model)
+            shape = batch_shape_of(self.train_dataset, args, model)
             self.assembly = assemble(model, config, args.pipeline_bounds, shape)
         blocks = split(model, self.assembly.bounds, moe_aux=config.moe_aux, tied=config.tied)
         block = blocks[self.stage].to(args.device)
@@ -169,14 +167,14 @@ class PipelineTrainer(MLOptTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self.optimizer = _Shown(super().create_optimizer())
+            self.optimizer = Shown(super().create_optimizer())
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
             own = super().create_scheduler(num_training_steps, self.optimizer.inner)
             self._make_worker(own)
-            self.lr_scheduler = _Shown(own)
+            self.lr_scheduler = Shown(own)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -336,7 +334,7 @@ class PipelineTrainer(MLOptTrainer):
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
             self._write_whole(output_dir, merged_state_dict(states, self.model.block.tied))
-            path = Path(output_dir) / ASSEMBLY
+            path = Path(output_dir) / FILE_NAME
             path.write_text(json.dumps(self.assembly.to_dict(), indent=1) + "\n", encoding="utf-8")
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -387,22 +385,6 @@ class _StageState:
         """Nothing that could begin afresh: without its stages' states a checkpoint is a model to train from."""
 
 
-class _Shown:
-    """An optimizer or a scheduler for others to read: its steps are the worker's to take."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __getattr__(self, name: str):
-        return getattr(self.inner, name)
-
-    def step(self, *args, **kwargs) -> None:
-        pass
-
-    def zero_grad(self, *args, **kwargs) -> None:
-        pass
-
-
 def _make_groups(stages: int, replicas: int) -> dict[str, Any]:
     """This rank's pipeline, and the ranks that hold the same block; all ranks make all groups."""
     if stages * replicas == 1:
@@ -428,30 +410,3 @@ def _shared_by(dataloader, replicas: int, replica: int):
 
 def _as_it_is(data, *args, **kwargs):
     return data
-
-
-def _batch_shape(dataset, args, model) -> tuple[int, ...] | None:
-    """Of a batch of the training set, as far as its first row tells."""
-    if dataset is None:
-        return None
-    row = dataset[0].get(model.main_input_name)
-    return None if row is None else (args.per_device_train_batch_size, *torch.as_tensor(row).shape)
-
-
-def _read_assembly(checkpoint: str, args: PipelineTrainingArguments) -> Assembly:
-    path = Path(checkpoint) / ASSEMBLY
-    if not path.is_file():
-        raise InputError(
-            f"resume_from_checkpoint={checkpoint!r}: holds no {ASSEMBLY}; it was not written by a pipeline"
-        )
-    found = Assembly(**json.loads(path.read_text(encoding="utf-8")))
-    given = {"stages": (args.stages, len(found.bounds) - 1)}
-    if args.pipeline_bounds is not None:
-        given["pipeline_bounds"] = (args.pipeline_bounds, found.bounds)
-    if args.pipeline != "auto":
-        mode = args.pipeline if args.pipeline in SYNCHRONOUS else parse(args.pipeline, args.stages).text
-        given["pipeline"] = (mode, found.mode)
-    for name, (own, written) in given.items():
-        if own != written:
-            raise InputError(f"{name}={own!r}: the checkpoint was written with {written!r}; use the same")
-    return found

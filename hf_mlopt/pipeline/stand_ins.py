@@ -1,4 +1,4 @@
-"""What a Trainer takes for its model: the block of this rank."""
+"""What a Trainer takes for its model, its optimizer and its schedule, where a worker has the real ones."""
 
 from torch import nn
 
@@ -32,3 +32,19 @@ class StageModel(nn.Module):
 
     def forward(self, *args, **kwargs):
         raise InputError("a stage of a pipeline cannot be called: train and evaluate through PipelineTrainer")
+
+
+class Shown:
+    """An optimizer or a scheduler for others to read: its steps are the worker's to take."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+    def step(self, *args, **kwargs) -> None:
+        pass
+
+    def zero_grad(self, *args, **kwargs) -> None:
+        pass
