@@ -13,7 +13,9 @@ from hf_mlopt.cli import main
 from hf_mlopt.errors import ConfigurationError
 
 
-VERBS = sorted(path.stem for path in Path(cli.__file__).parent.glob("*.py") if path.stem != "__init__")
+VERBS = sorted(
+    path.stem.replace("_", "-") for path in Path(cli.__file__).parent.glob("*.py") if path.stem != "__init__"
+)
 HEAVY = ("torch", "transformers", "datasets", "numpy", "matplotlib")
 
 
