@@ -324,3 +324,45 @@ def test_evaluating_before_training_and_training_twice(tmp_path):
     assert before > once > twice
     alone = plain(tmp_path / "plain", "llama", max_steps=1, learning_rate=0.0)
     assert before == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-6)
+
+
+class OwnDropout(torch.nn.Module):
+    """Draws from a generator of its own, which nobody can seed."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.generator = inner, torch.Generator().manual_seed(0)
+
+    def forward(self, hidden):
+        return self.inner(hidden) * (torch.rand(hidden.shape, generator=self.generator) > 0.1)
+
+
+def test_a_module_that_cannot_be_repeated_is_refused_before_training(tmp_path):
+    def run(rank):
+        told = []
+        for recompute in ("auto", "no"):
+            model = model_of("llama", attention_dropout=0.1)
+            model.model.layers[2].mlp = OwnDropout(model.model.layers[2].mlp)
+            trainer = trainer_of(tmp_path, "lag1", model, pipeline_recompute=recompute, pipeline_bounds=[0, 2, 4])
+            try:
+                trainer.train()
+                told.append(len(losses(trainer)))
+            except ConfigurationError as error:
+                told.append(str(error))
+        return told
+
+    for refused, steps in in_ranks(run):
+        assert "LlamaForCausalLM" in refused and "block 1 gives other numbers" in refused and steps == 6
+
+
+def test_autocast_to_bfloat16(tmp_path):
+    def run(rank):
+        trainer = trainer_of(tmp_path, "bp", bf16=True)
+        trainer.train()
+        return losses(trainer)
+
+    first, second = in_ranks(run)
+    alone = plain(tmp_path / "plain", "llama", bf16=True)
+    exact = plain(tmp_path / "exact", "llama")
+    assert first == second == pytest.approx(losses(alone), rel=1e-4)
+    assert first != pytest.approx(losses(exact), rel=1e-6)

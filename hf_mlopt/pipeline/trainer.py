@@ -16,6 +16,7 @@ from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.pipeline.arguments import PipelineTrainingArguments, pipeline_config
 from hf_mlopt.pipeline.assembly import FILE_NAME, Assembly, assemble, batch_shape_of, read_assembly
 from hf_mlopt.pipeline.partition import merged_state_dict, num_layers, split
+from hf_mlopt.pipeline.replay import require_replay
 from hf_mlopt.pipeline.replicas import ReplicaMean
 from hf_mlopt.pipeline.schedule import SYNCHRONOUS, parse
 from hf_mlopt.pipeline.stand_ins import Shown, StageModel
@@ -102,6 +103,9 @@ class PipelineTrainer(MLOptTrainer):
             shape = batch_shape_of(self.train_dataset, args, model)
             self.assembly = assemble(model, config, args.pipeline_bounds, shape)
         blocks = split(model, self.assembly.bounds, moe_aux=config.moe_aux, tied=config.tied)
+        if config.recompute != "no" and self.assembly.mode not in SYNCHRONOUS:
+            model.train()
+            require_replay(model, blocks)
         block = blocks[self.stage].to(args.device)
         block.train()
         self.config = pipeline_config(args, self.assembly.mode)
