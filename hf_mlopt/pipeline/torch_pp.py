@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.nn.functional import pad
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.pipeline.config import PipelineConfig
@@ -27,11 +26,17 @@ from hf_mlopt.pipeline.schedule import SYNCHRONOUS, Updates
 from hf_mlopt.pipeline.stage import Stage, Tensors, replayed
 from hf_mlopt.pipeline.telemetry import Telemetry
 from hf_mlopt.pipeline.tied import add_to_owner, gradient_of_copy, owner_weight, refresh_copy
+from hf_mlopt.pipeline.torch_pp_messages import (
+    Boundary,
+    Unpack,
+    described,
+    example_messages,
+    flat_message,
+    message_sizes,
+)
 from hf_mlopt.pipeline.transport.base import PipelineError
 from hf_mlopt.pipeline.updating import BlockUpdate, Update
 
-
-Boundary = tuple[tuple[torch.Size, torch.dtype], ...]  # shape and type of the tensors between two stages
 
 HANG_UP_TAG = 1  # torch's schedules send everything with tag 0
 
@@ -260,15 +265,15 @@ class SynchronousWorker:
     def _schedule(self) -> ScheduleGPipe | Schedule1F1B:
         """torch's schedule of the group, kept while groups are of the same size."""
         count = len(self.pending)
-        received, sent = (_message_sizes(self.mode, group) for group in zip(*self._expected, strict=True))
+        received, sent = (message_sizes(self.mode, group) for group in zip(*self._expected, strict=True))
         if self._built is None or self._built[0] != (count, received, sent):
             stage = _WatchedStage(
                 _MicroBatch(self._forward),
                 self.index,
                 self.stages,
                 self.device,
-                input_args=_examples(received),
-                output_args=(torch.zeros(1),) if self.is_last else _examples(sent),
+                input_args=example_messages(received),
+                output_args=(torch.zeros(1),) if self.is_last else example_messages(sent),
                 group=self.group,
             )
             stage.watch = self._watch
@@ -285,13 +290,13 @@ class SynchronousWorker:
         self.telemetry.sample("stash", self._num_graphs)
         seeded = replayed(self.config.seed, self.index, n, self.device)
         with self._watch("F", i), seeded, self.context():
-            outputs = self.block(_Unpack.apply([shape for shape, _ in received], *messages) if received else (), batch)
-            if not self.is_last and _described(outputs) != sent:
-                found = f"stage {self.index} gives {_described(outputs)} for batch {n}, where {sent} was expected"
+            outputs = self.block(Unpack.apply([shape for shape, _ in received], *messages) if received else (), batch)
+            if not self.is_last and described(outputs) != sent:
+                found = f"stage {self.index} gives {described(outputs)} for batch {n}, where {sent} was expected"
                 raise ConfigurationError("mode", self.mode, f"{found} from the shapes of its inputs: use lag1")
         if not self.is_last:
             sizes = self._built[0][2]
-            return tuple(_flat(x, numel) for x, (numel, _) in zip(outputs, sizes, strict=True))
+            return tuple(flat_message(x, numel) for x, (numel, _) in zip(outputs, sizes, strict=True))
         scale = 1.0 if batch.get("num_items_in_batch") is not None else 1.0 / len(self.pending)
         self._losses.append(outputs[0] * scale)
         return (torch.zeros(1),)  # in place of the loss, whose type is not known before
@@ -314,7 +319,7 @@ class SynchronousWorker:
             if not self.is_last:
                 outputs, _ = self.stage.forward(n, boundary, batch, 0)
                 self._send(outputs)
-            self._boundaries[key] = _described(boundary), _described(outputs)
+            self._boundaries[key] = described(boundary), described(outputs)
         return self._boundaries[key]
 
     def _send(self, tensors: Tensors, stage: int | None = None) -> None:
@@ -323,7 +328,7 @@ class SynchronousWorker:
         if stage < self.stages:
             with self._from_neighbours():
                 peer = self.ranks[stage]
-                dist.send_object_list([_described(tensors)], peer, self.group, self.device)
+                dist.send_object_list([described(tensors)], peer, self.group, self.device)
                 for tensor in tensors:
                     dist.send(tensor.detach().contiguous(), peer, self.group)
 
@@ -380,40 +385,6 @@ class _MicroBatch(nn.Module):
     def __init__(self, forward: Callable[..., Tensors]):
         super().__init__()
         self.forward = forward
-
-
-class _Unpack(torch.autograd.Function):
-    """Tensors of a boundary out of flat messages. Where one of them gets no gradient, zeros are sent back."""
-
-    @staticmethod
-    def forward(ctx, shapes: list[torch.Size], *messages: torch.Tensor) -> Tensors:
-        ctx.sizes = [message.numel() for message in messages]
-        return tuple(x[: shape.numel()].view(shape) for shape, x in zip(shapes, messages, strict=True))
-
-    @staticmethod
-    def backward(ctx, *gradients: torch.Tensor) -> tuple:
-        return None, *(_flat(gradient, size) for gradient, size in zip(gradients, ctx.sizes, strict=True))
-
-
-def _flat(x: torch.Tensor, numel: int) -> torch.Tensor:
-    """A message of `numel` numbers that begins with those of `x`."""
-    return pad(x.reshape(-1), (0, numel - x.numel()))
-
-
-def _described(tensors: Tensors) -> Boundary:
-    return tuple((x.shape, x.dtype) for x in tensors)
-
-
-def _message_sizes(mode: str, boundaries: tuple[Boundary, ...]) -> list[tuple[int, torch.dtype]]:
-    """Numbers in each message of a group, and their type."""
-    types = [[dtype for _, dtype in boundary] for boundary in boundaries]
-    if any(others != types[0] for others in types):
-        raise ConfigurationError("mode", mode, f"batches of a group give tensors of unlike types, {types}: use lag1")
-    return [(max(b[i][0].numel() for b in boundaries), dtype) for i, dtype in enumerate(types[0])]
-
-
-def _examples(sizes: list[tuple[int, torch.dtype]]) -> Tensors:
-    return tuple(torch.empty(numel, dtype=dtype, device="meta", requires_grad=True) for numel, dtype in sizes)
 
 
 def _check(mode: str, index: int, stages: int, ranks: list[int], device: torch.device, config: PipelineConfig) -> None:
