@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.pipeline.stage import Stage, draws_random_numbers, random_seed, replayed
+from hf_mlopt.pipeline.telemetry import slow_stage
 
 
 class Noise(nn.Module):
@@ -121,3 +122,11 @@ def test_a_graph_may_hold_weights_that_an_optimizer_changed():
     norm.track_running_stats = False
     norm(x)
     assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    "waits, slowest",
+    [([0.02, 0.5, 0.6], 0), ([0.5, 0.6, 0.05], 2), ([0.02, 0.5, 0.2], None), ([0.2, 0.5, 0.6], None), ([0.0], None)],
+)
+def test_the_stage_that_all_wait_for(waits, slowest):
+    assert slow_stage(waits) == slowest

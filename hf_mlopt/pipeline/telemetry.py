@@ -67,3 +67,15 @@ class Telemetry:
         for name in self._samples:
             numbers |= {f"mean_{name}": self.mean(name), f"max_{name}": float(self.largest[name])}
         return numbers
+
+
+def slow_stage(waits: list[float]) -> int | None:
+    """
+    The stage that all others wait for, if there is one: it hardly waits, and each of them for a third of its time.
+
+    Args:
+        waits (`list[float]`): Part of its time that each stage waited.
+    """
+    slowest = min(range(len(waits)), key=waits.__getitem__)
+    others = [wait for k, wait in enumerate(waits) if k != slowest]
+    return slowest if others and waits[slowest] < 0.1 and min(others) > 1 / 3 else None

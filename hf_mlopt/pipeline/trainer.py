@@ -20,6 +20,7 @@ from hf_mlopt.pipeline.replay import require_replay
 from hf_mlopt.pipeline.replicas import ReplicaMean
 from hf_mlopt.pipeline.schedule import SYNCHRONOUS, parse
 from hf_mlopt.pipeline.stand_ins import Shown, StageModel
+from hf_mlopt.pipeline.telemetry import slow_stage
 from hf_mlopt.pipeline.transport.base import Channels
 from hf_mlopt.pipeline.transport.distributed import distributed_channels
 from hf_mlopt.pipeline.updating import Update
@@ -280,6 +281,13 @@ class PipelineTrainer(MLOptTrainer):
         everyone: list = [own] * self.args.stages
         if self.args.stages > 1:
             dist.all_gather_object(everyone, own, group=self._groups["pipe"])
+        slowest = slow_stage([stage["wait"] for stage in everyone])
+        if slowest is not None and self.config.mode not in SYNCHRONOUS and self.args.process_index == 0:
+            first, last = self.assembly.bounds[slowest : slowest + 2]
+            logger.warning_once(
+                f"stage {slowest} (layers {first} to {last - 1}) is busy while the others wait a third of their time or "
+                "more: give it fewer layers with pipeline_bounds"
+            )
         return {f"stage_{k}_{name}": value for k, stage in enumerate(everyone) for name, value in stage.items()}
 
     def timeline(self) -> list[list[tuple]]:
