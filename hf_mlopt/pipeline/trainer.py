@@ -285,8 +285,8 @@ class PipelineTrainer(MLOptTrainer):
         if slowest is not None and self.config.mode not in SYNCHRONOUS and self.args.process_index == 0:
             first, last = self.assembly.bounds[slowest : slowest + 2]
             logger.warning_once(
-                f"stage {slowest} (layers {first} to {last - 1}) is busy while the others wait a third of their time or "
-                "more: give it fewer layers with pipeline_bounds"
+                f"stage {slowest} (layers {first} to {last - 1}) is busy while the others wait a third of their time "
+                "or more: give it fewer layers with pipeline_bounds"
             )
         return {f"stage_{k}_{name}": value for k, stage in enumerate(everyone) for name, value in stage.items()}
 
