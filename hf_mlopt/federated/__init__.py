@@ -1,0 +1,1 @@
+"""Federated training: a model is trained at several sites whose data stay where they are."""
