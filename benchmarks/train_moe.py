@@ -5,7 +5,7 @@ Trains a Mixtral-shaped model of some hundred million parameters on one GPU, pru
     python benchmarks/train_moe.py quality    # 9 minutes; again and again, until it says that nothing is left
     python benchmarks/train_moe.py plot
 
-Not yet run on a GPU: it has run from end to end on a CPU only, in a small shape, and no figure exists yet.
+Recorded on an H200: `train --minutes 1.5 --characters 3e7` and the first 7 rows of `quality`, no more.
 
 The text is the Python sources installed beside the interpreter, see `python_sources.py`: whole packages are held out.
 Everything is in --folder (train_moe in the temp folder) on the local disk. Each command can be killed and given again:
