@@ -90,6 +90,25 @@ def plain(folder, model, **settings):
     return trainer
 
 
+def test_options_of_codecs_without_effect_are_refused(tmp_path):
+    def run(rank):
+        told = []
+        for settings in (
+            {"grad_collective": "two-phase"},
+            {"compress_auto_off": True},
+            {"error_feedback": "classic", "error_average_period": 4},
+            {"error_feedback": "step-ahead"},
+        ):
+            try:
+                trainer_of(tmp_path, "lag1", stages=1, grad_codec="bingrad-b", **settings)
+            except ConfigurationError as error:
+                told.append(str(error).split("=")[0])
+        return told
+
+    fields = ["grad_collective", "compress_auto_off", "error_average_period", "error_feedback"]
+    assert in_ranks(run) == [fields] * 2
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_without_staleness_it_is_a_trainer(tmp_path, name):
     """Weights and losses of every step; evaluated in between; the last batch is a short one."""
@@ -193,7 +212,13 @@ def test_replicas_are_a_larger_batch(tmp_path):
         trainer.train()
         trainer.save_model(str(tmp_path / "final"))
         coded = trainer_of(
-            tmp_path, "lag1", stages=2, grad_codec="bingrad-b", grad_codec_args={"block": 64}, error_feedback="classic"
+            tmp_path,
+            "lag1",
+            stages=2,
+            grad_codec="bingrad-b",
+            grad_codec_args={"block": 64},
+            error_feedback="classic",
+            compress_min_bytes=0,
         )
         coded.train()
         sent = coded.replicas.bytes_sent / coded.replicas.steps

@@ -316,6 +316,8 @@ def test_one_process_is_told_that_nothing_is_coded(tmp_path, monkeypatch):
         ({"error_feedback": "classic"}, "error_feedback='classic': needs grad_codec"),
         ({"grad_codec_down": "bf16"}, "grad_codec_down='bf16': needs grad_codec"),
         ({"error_average_period": 3}, "error_average_period=3: needs grad_codec"),
+        ({"grad_collective": "hierarchical"}, "grad_collective='hierarchical': needs grad_codec"),
+        ({**CODED, "grad_collective": "hierarchical", "compress_auto_off": True}, "compress_auto_off=True: measures"),
         (
             {**CODED, "mlopt_optim": "domo", "local_steps": 4},
             "grad_codec='bingrad-b': codes gradients, and domo sends",

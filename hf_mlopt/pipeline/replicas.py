@@ -35,6 +35,11 @@ class ReplicaMean:
         self.compression = compression
         trained = {name: parameter for name, parameter in block.named_parameters() if parameter.requires_grad}
         is_coded = {name: compression is not None and name not in exempt for name in trained}
+        if (
+            compression is not None
+            and 4 * sum(trained[n].numel() for n in trained if is_coded[n]) < compression.min_bytes
+        ):
+            is_coded = dict.fromkeys(trained, False)
         self.coded = [parameter for name, parameter in trained.items() if is_coded[name]]
         self.plain = [parameter for name, parameter in trained.items() if not is_coded[name]]
         self.steps = self.bytes_sent = 0

@@ -112,9 +112,6 @@ class PipelineTrainer(MLOptTrainer):
         self.config = pipeline_config(args, self.assembly.mode)
         self.model = self.model_wrapped = StageModel(block, model.num_parameters(), model.main_input_name)
         self._model_class, self._whole = type(model), None
-        self._callback_model()
-
-    def _callback_model(self) -> None:
         self.callback_handler.model = self.model
 
     def create_accelerator_and_postprocess(self):
@@ -139,13 +136,20 @@ class PipelineTrainer(MLOptTrainer):
         if config.error_feedback == "step-ahead":
             remedy = "moves weights that stages in flight read; take classic"
             raise ConfigurationError("error_feedback", config.error_feedback, remedy)
+        refused = {
+            "grad_collective": (config.collective, "auto"),
+            "error_average_period": (config.error_average_period, 0),
+            "compress_auto_off": (self.args.compress_auto_off, False),
+        }
+        for name, (value, unset) in refused.items():
+            if value != unset:
+                raise ConfigurationError(name, value, "has no effect between replicas of a pipeline; leave it out")
         return None  # the worker's mean over replicas codes them
 
     # Data: the stages of a replica read the same batches.
 
     def _as_replica(self, dataloader):
-        sampler = dataloader.batch_sampler
-        if not hasattr(dataloader, "dataset") or sampler is None:
+        if dataloader.batch_sampler is None:
             raise ConfigurationError("train_dataset", None, "needs a length: stages count batches")
         return _shared_by(dataloader, self.num_replicas, self.replica)
 
@@ -310,7 +314,6 @@ class PipelineTrainer(MLOptTrainer):
             self.create_optimizer()
             self._batches_of_epoch = len(dataloader)
             self.create_scheduler(1)
-            self.callback_handler.model = self.model
         self._drain()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         shared = [output]

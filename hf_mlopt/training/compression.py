@@ -29,10 +29,10 @@ def compression_config(args) -> CompressionConfig | None:
     Raises:
         ConfigurationError: If a field has no codec to act on, or is out of range.
     """
-    names = ("grad_codec_down", "error_feedback", "error_average_period", "grad_codec_args")
+    names = ("grad_codec_down", "error_feedback", "error_average_period", "grad_codec_args", "grad_collective")
     if args.grad_codec is None:
         for name in names:
-            if getattr(args, name) not in (None, "none", 0):
+            if getattr(args, name) not in (None, "none", 0, "auto"):
                 raise ConfigurationError(name, getattr(args, name), "needs grad_codec")
         return None
     if args.mlopt_optim is not None and optimizer_entry(args.mlopt_optim).has_rounds:
@@ -75,6 +75,9 @@ class CompressionCallback(TrainerCallback):
             raise ConfigurationError("grad_codec", config.grad_codec, allowed)
         if trainer.is_fsdp_enabled:
             require_for_shards(config)
+        if trainer.args.compress_auto_off and (trainer.is_fsdp_enabled or config.collective == "hierarchical"):
+            remedy = "measures the link of DDP's ranks, which are not linked alike here; leave it out"
+            raise ConfigurationError("compress_auto_off", True, remedy)
 
     def on_train_begin(self, args, state, control, **kwargs):
         wrapped = self.trainer.model_wrapped
