@@ -77,7 +77,7 @@ class MLOptTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for name in ("mlopt_optim_args", "grad_codec_args"):
-            setattr(self, name, _json_object(name, getattr(self, name)))
+            setattr(self, name, json_object(name, getattr(self, name)))
         if self.local_steps < 1:
             raise ConfigurationError("local_steps", self.local_steps, "must be at least 1")
         if self.local_weights not in ("equal", "examples"):
@@ -94,7 +94,8 @@ class MLOptTrainingArguments(TrainingArguments):
         compression_config(self)  # its own checks
 
 
-def _json_object(name: str, value: dict | str | None) -> dict | None:
+def json_object(name: str, value: dict | str | None) -> dict | None:
+    """A field that is a dict, or a JSON object as the command line gives it."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

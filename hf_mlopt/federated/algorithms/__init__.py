@@ -23,8 +23,6 @@ _PUBLIC = {
     "normalization_names": "hf_mlopt.federated.algorithms.fedbn",
     "scaffold_gradient": "hf_mlopt.federated.algorithms.scaffold",
     "scaffold_new_control": "hf_mlopt.federated.algorithms.scaffold",
-    "scaffold_new_state": "hf_mlopt.federated.algorithms.scaffold",
-    "scaffold_state": "hf_mlopt.federated.algorithms.scaffold",
     "shared_names": "hf_mlopt.federated.algorithms.fedbn",
 }
 

@@ -65,6 +65,11 @@ class FederatedDOMO(ServerAlgorithm):
         self.server_momentum, self.server_lr, self.fusion = server_momentum, server_lr, fusion
         self.fusion_at, self.local_state, self.server_unit = fusion_at, local_state, server_unit
 
+    @property
+    def sends_model(self) -> bool:
+        """Not where the start of a round is moved along the server's momentum."""
+        return self.fusion_at == "step" or self.fusion == 0
+
     def _memory(self, weights: Group) -> Groups:
         memory = {"server_momentum": wide_zeros(weights), "lr_sum": {"last": torch.zeros((), dtype=torch.float64)}}
         if self.local_state == "average":
@@ -94,7 +99,7 @@ class FederatedDOMO(ServerAlgorithm):
 
     def _start(self) -> dict[str, torch.Tensor]:
         """y, what the sites start from; always with the same bits."""
-        if self.fusion_at == "step" or self.fusion == 0:
+        if self.sends_model:
             return self.groups["weights"]
         scale = self.fusion * (float(self.groups["lr_sum"]["last"]) if self.server_unit == "grad" else 1.0)
         momenta = self.groups["server_momentum"]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,7 +62,7 @@ class Message:
         if not isinstance(other, Message):
             return NotImplemented
         mine, theirs = self._sorted(), other._sorted()
-        if mine._header() != theirs._header():
+        if mine.header() != theirs.header():
             return False
         pairs = zip(mine._tensors(), theirs._tensors(), strict=True)
         return all(torch.equal(_bytes(a), _bytes(b)) for a, b in pairs)
@@ -77,7 +77,7 @@ class Message:
     def digest(self) -> str:
         """SHA-256 over everything, in hex; equal for equal messages, whatever process or order they come from."""
         ordered = self._sorted()
-        digest = hashlib.sha256(ordered._header().encode())
+        digest = hashlib.sha256(ordered.header().encode())
         for tensor in ordered._tensors():
             digest.update(_bytes(tensor).numpy().data)
         return digest.hexdigest()
@@ -89,7 +89,7 @@ class Message:
         Returns:
             `tuple[str, list[numpy.ndarray]]`: A JSON header, and for each tensor its bytes, `[nbytes]`, uint8.
         """
-        return self._header(), [_bytes(tensor).numpy().copy() for tensor in self._tensors()]
+        return self.header(), [_bytes(tensor).numpy().copy() for tensor in self._tensors()]
 
     @classmethod
     def from_flat(cls, header: str, arrays: Sequence[np.ndarray]) -> "Message":
@@ -99,16 +99,48 @@ class Message:
         Raises:
             InputError: If header and arrays do not fit together.
         """
+        remaining = iter(arrays)
+
+        def tensor_of(group: str, name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+            return _from_bytes(next(remaining), dtype, shape)
+
+        message = cls.from_header(header, tensor_of)
+        if next(remaining, None) is not None:
+            raise InputError("message: header and arrays do not fit together (there are more arrays than tensors)")
+        return message
+
+    @classmethod
+    def from_header(
+        cls, header: str, tensor_of: Callable[[str, str, torch.dtype, list[int]], torch.Tensor]
+    ) -> "Message":
+        """
+        The message of a [`Message.header`], with the tensors that `tensor_of(group, name, dtype, shape)` returns; it
+        is called in the order of the header.
+
+        Raises:
+            InputError: If the header is none, or a tensor is not as it says.
+        """
         try:
             content = json.loads(header)
-            layout, scalars = content["groups"], content["scalars"]
-            entries = [(group, *entry) for group, entries in layout.items() for entry in entries]
-            groups = {group: {} for group in layout}
-            for (group, name, dtype, shape), array in zip(entries, arrays, strict=True):
-                groups[group][name] = _from_bytes(array, DTYPES[dtype], shape)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            groups = {group: {} for group in content["groups"]}
+            for group, entries in content["groups"].items():
+                for name, dtype, shape in entries:
+                    tensor = tensor_of(group, name, DTYPES[dtype], shape)
+                    if tensor.dtype != DTYPES[dtype] or list(tensor.shape) != shape:
+                        raise ValueError(f"{name!r} is {tensor.dtype} in shape {list(tensor.shape)}")
+                    groups[group][name] = tensor
+            scalars = content["scalars"]
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, StopIteration) as error:
             raise InputError(f"message: header and arrays do not fit together ({error})") from error
         return cls(groups, scalars)
+
+    def header(self) -> str:
+        """Names, types, shapes and scalars as JSON; all but the tensors' bits."""
+        layout = {
+            group: [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+            for group, tensors in self.groups.items()
+        }
+        return json.dumps({"groups": layout, "scalars": dict(self.scalars)})
 
     def _sorted(self) -> "Message":
         groups = {group: dict(sorted(tensors.items())) for group, tensors in sorted(self.groups.items())}
@@ -116,13 +148,6 @@ class Message:
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for tensors in self.groups.values() for tensor in tensors.values()]
-
-    def _header(self) -> str:
-        layout = {
-            group: [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
-            for group, tensors in self.groups.items()
-        }
-        return json.dumps({"groups": layout, "scalars": dict(self.scalars)})
 
 
 def _require_name(what: str, name: object) -> None:

@@ -1,13 +1,11 @@
 """SCAFFOLD: sites correct their gradients by what they know of everybody's."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms.averaging import cast_like, wide_zeros
-from hf_mlopt.federated.algorithms.message import Group, Message, Scalar
+from hf_mlopt.federated.algorithms.message import Group, Message
 from hf_mlopt.federated.algorithms.server import Groups, ServerAlgorithm, require
 
 
@@ -18,9 +16,9 @@ class Scaffold(ServerAlgorithm):
     K being the size of the roster. The paper has equal p_k (`weighting="uniform"`).
 
     The message holds `weights`, `buffers` and `control` (c); the reply has `control_change` (c_k⁺ - c_k) in place of
-    c and repeats `state_round`: the round of this site's last reply that was used, -1 before the first. By it a site
-    knows which of its controls the server's c contains; see [`scaffold_state`]. Local steps must be plain SGD, or
-    the change over the learning rates is no mean gradient; the caller sees to it.
+    c. A site keeps c_k as it was after the round `state_round` of the message, or the server's c would no longer be
+    their mean. Local steps must be plain SGD, or the change over the learning rates is no mean gradient; the caller
+    sees to it.
 
     Args:
         server_lr (`float`, *optional*, defaults to 1.0): α, above 0.
@@ -34,18 +32,11 @@ class Scaffold(ServerAlgorithm):
         require("server_lr", server_lr, 0 < server_lr < float("inf"), "must be above 0")
         self.server_lr = server_lr
 
-    def template(self, site: str) -> Message:
-        """As [`ServerAlgorithm.template`], with the `state_round` the reply must start from."""
-        return Message(self._replied(), {"round": self.round, **self._scalars(site)})
-
     def _memory(self, weights: Group) -> Groups:
         return {"control": wide_zeros(weights)}
 
     def _sent(self) -> Mapping[str, Group]:
         return self.groups
-
-    def _scalars(self, site: str) -> dict[str, Scalar]:
-        return {"state_round": self.last_rounds.get(site, -1)}
 
     def _replied(self) -> Mapping[str, Group]:
         return {**super()._replied(), "control_change": self.groups["control"]}
@@ -62,43 +53,6 @@ class Scaffold(ServerAlgorithm):
             "control": cast_like(control, self.groups["control"]),
             **self._mean_buffers(replies, shares),
         }
-
-
-def scaffold_state(message: Message, state: Mapping[str, Any] | None, site: str) -> Group:
-    """
-    The site's control c_k to begin a round with: the one the server's c contains.
-
-    Args:
-        message (`Message`): What the server sent.
-        state (`Mapping`, *optional*): The site's state as [`scaffold_new_state`] made it, or none.
-        site (`str`): Name of the site, for the error.
-
-    Returns:
-        `Group`: c_k; zeros before the site's first reply was used, also where an unused one has left a state.
-
-    Raises:
-        InputError: If the site no longer has it; going on from zero would bias every site's steps for good.
-    """
-    state_round = message.scalars["state_round"]
-    if state_round == -1:
-        return {name: torch.zeros_like(c) for name, c in message.groups["control"].items()}
-    controls = (state or {}).get("controls", {})
-    if state_round not in controls:
-        kept = f"it has those of rounds {sorted(controls)}" if controls else "it has none"
-        raise InputError(
-            f"site {site!r} has lost its SCAFFOLD control of round {state_round} ({kept}); restore the site's state, "
-            "or restart the training"
-        )
-    return controls[state_round]
-
-
-def scaffold_new_state(message: Message, own_control: Group, new_control: Group) -> dict[str, Any]:
-    """
-    The site's state after a round, as plain containers. Until the next message the site cannot know whether its reply
-    was used, so it keeps the control it began with as well.
-    """
-    controls = {message.scalars["state_round"]: dict(own_control), message.scalars["round"]: dict(new_control)}
-    return {"controls": {round: control for round, control in controls.items() if round >= 0}}
 
 
 def scaffold_gradient(grads: Group, control: Group, own_control: Group) -> Group:

@@ -35,6 +35,8 @@ class ServerAlgorithm:
     """
 
     name = ""
+    # Whether sites start from the model that is evaluated, so that they can do so before they train.
+    sends_model = True
 
     def __init__(self, fraction: float = 1.0, min_sites: int = 1, weighting: str = "samples"):
         require("fraction", fraction, 0 < fraction <= 1, "must be above 0 and at most 1")
@@ -72,23 +74,17 @@ class ServerAlgorithm:
         What each chosen site is sent in this round. Changes nothing, so it can be asked again.
 
         Returns:
-            `dict[str, Message]`: Site to the groups of the algorithm, with the scalars `algorithm`, `round`, and
-            `seed` for the site's local training.
+            `dict[str, Message]`: Site to the groups of the algorithm, with the scalars `algorithm`, `round`, `seed`
+            for the site's local training, and `state_round`: the round of the site's last reply that was used, -1
+            before the first. What a site keeps for itself it takes as it was after that round.
         """
         self._require_round(round)
         sent = self._sent()
-        return {
-            site: Message(
-                sent,
-                {
-                    "algorithm": self.name,
-                    "round": round,
-                    "seed": site_seed(self.seed, round, site),
-                    **self._scalars(site),
-                },
-            )
-            for site in self._selected()
-        }
+        return {site: Message(sent, {**self._address(site), **self._scalars(site)}) for site in self._selected()}
+
+    def evaluation(self) -> dict[str, Message]:
+        """What each site of the roster is sent to evaluate the model as it is now, with the scalars of `configure`."""
+        return {site: Message(self._evaluated(), {**self._address(site), **self._scalars(site)}) for site in self.sites}
 
     def template(self, site: str) -> Message:
         """What the reply of a site must look like in this round; see [`check_reply`]."""
@@ -177,9 +173,21 @@ class ServerAlgorithm:
         """Further groups the server keeps, as they are at the start."""
         return {}
 
+    def _address(self, site: str) -> dict[str, Scalar]:
+        return {
+            "algorithm": self.name,
+            "round": self.round,
+            "seed": site_seed(self.seed, self.round, site),
+            "state_round": self.last_rounds.get(site, -1),
+        }
+
+    def _evaluated(self) -> Mapping[str, Group]:
+        """The model to evaluate and save."""
+        return {group: tensors for group, tensors in self.groups.items() if group in ("weights", "buffers")}
+
     def _sent(self) -> Mapping[str, Group]:
         """The groups of the message to a site."""
-        return {group: tensors for group, tensors in self.groups.items() if group in ("weights", "buffers")}
+        return self._evaluated()
 
     def _scalars(self, site: str) -> dict[str, Scalar]:
         """Further scalars of the message to a site."""

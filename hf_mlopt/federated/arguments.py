@@ -1,0 +1,119 @@
+"""The fields of a federated training, beside those of the local one."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.federated.algorithm_table import ALGORITHM_NAMES, local_optimizer
+from hf_mlopt.training.arguments import MLOptTrainingArguments, json_object
+
+
+@dataclass(repr=False)  # the inherited one keeps tokens out of logs
+class FederatedTrainingArguments(MLOptTrainingArguments):
+    """
+    `MLOptTrainingArguments` of what every site does in a round, and what the server makes of it.
+
+    Args:
+        algorithm (`str`, *optional*, defaults to `"fedavg"`):
+            `fedavg`, `fedavgm`, `fedadam`, `fedyogi`, `fedprox`, `scaffold`, `ditto`, `fedbn`, or of the DOMO family
+            `domo`, `domo-s`, `fedavg-lm`, `fedavg-lm-z`, `fedavg-sm`, `fedavg-slm`, `fedavg-slm-z`, `slowmo`.
+        algorithm_args (`dict` or `str`, *optional*):
+            Options of the algorithm, or a JSON object of them: `{"server_lr": 0.5}`.
+        num_rounds (`int`, *optional*, defaults to 10):
+            Exchanges between server and sites.
+        local_epochs (`float`, *optional*, defaults to 1.0):
+            Passes of every site over its data in a round.
+        local_steps (`int`, *optional*):
+            Optimizer steps of every site in a round, in place of `local_epochs`.
+        site_fraction (`float`, *optional*, defaults to 1.0):
+            Share of the sites that is asked in a round.
+        min_sites (`int`, *optional*, defaults to 1):
+            Sites that must answer for a round to count.
+        site_weights (`str`, *optional*, defaults to `"samples"`):
+            Weight of a site in a mean: by its number of `samples`, or `uniform`.
+        optimizer_state (`str`, *optional*, defaults to `"reset"`):
+            Whether a site's optimizer begins every round afresh (`reset`) or goes on (`keep`).
+        evaluate_every (`int`, *optional*, defaults to 1):
+            Rounds between two evaluations at the sites, and after the last one; 0 is never.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that sites train in, each with one model; 0 is one site after the other in this process.
+        round_timeout (`float`, *optional*):
+            Seconds after which a round goes on without the sites that have not answered.
+        site_retries (`int`, *optional*, defaults to 1):
+            How often a site whose process died is asked again within a round.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Course of the learning rate over the rounds, `constant`, `linear` or `cosine`; in a round it is constant.
+        save_total_limit (`int`, *optional*, defaults to 2):
+            Checkpoints of the server to keep; there is one after every round.
+        report_to (`str`, *optional*, defaults to `"none"`):
+            Where the metrics of rounds go as well: `tensorboard`, `wandb`...
+    """
+
+    algorithm: str = "fedavg"
+    algorithm_args: dict[str, Any] | str | None = None
+    num_rounds: int = 10
+    local_epochs: float = 1.0
+    local_steps: int | None = None
+    site_fraction: float = 1.0
+    min_sites: int = 1
+    site_weights: Literal["samples", "uniform"] = "samples"
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    evaluate_every: int = 1
+    num_workers: int = 0
+    round_timeout: float | None = None
+    site_retries: int = 1
+    lr_scheduler_type: str = "constant"
+    save_total_limit: int | None = 2
+    report_to: str | list[str] | None = "none"
+
+    def __post_init__(self):
+        local_steps, self.local_steps = self.local_steps, 1  # theirs is that of optimizers with rounds
+        self.algorithm_args = json_object("algorithm_args", self.algorithm_args)
+        _check_numbers(self, local_steps)
+        _check_schedule(self)
+        if self.algorithm not in ALGORITHM_NAMES:
+            raise ConfigurationError("algorithm", self.algorithm, f"must be one of {', '.join(ALGORITHM_NAMES)}")
+        self.mlopt_optim, self.mlopt_optim_args = local_optimizer(self)
+        super().__post_init__()
+        self.local_steps = local_steps
+        if self.grad_codec is not None:
+            raise ConfigurationError(
+                "grad_codec", self.grad_codec, "is for ranks that share gradients; a site has one"
+            )
+
+
+def _check_numbers(args: FederatedTrainingArguments, local_steps: int | None) -> None:
+    for name, value, least in (
+        ("num_rounds", args.num_rounds, 1),
+        ("local_steps", local_steps, 1),
+        ("evaluate_every", args.evaluate_every, 0),
+        ("num_workers", args.num_workers, 0),
+        ("site_retries", args.site_retries, 0),
+        ("save_total_limit", args.save_total_limit, 1),
+        ("min_sites", args.min_sites, 1),
+    ):
+        if value is not None and (type(value) is not int or value < least):
+            raise ConfigurationError(name, value, f"must be an int of at least {least}")
+    for name, most in (("local_epochs", math.inf), ("round_timeout", math.inf), ("site_fraction", 1)):
+        value = getattr(args, name)
+        if value is not None and not (0 < value <= most and math.isfinite(value)):
+            raise ConfigurationError(name, value, "must be above 0" + (" and at most 1" if most == 1 else ""))
+    if args.round_timeout is not None and args.num_workers == 0:
+        raise ConfigurationError(
+            "round_timeout", args.round_timeout, "needs num_workers: a site that trains in this process cannot be left"
+        )
+
+
+def _check_schedule(args: FederatedTrainingArguments) -> None:
+    if args.lr_scheduler_type not in ("constant", "linear", "cosine"):
+        raise ConfigurationError(
+            "lr_scheduler_type", args.lr_scheduler_type, "over rounds it is constant, linear or cosine"
+        )
+    for name, unset, instead in (
+        ("max_steps", -1, "set local_steps and num_rounds"),
+        ("num_train_epochs", 3.0, "set local_epochs and num_rounds"),
+        ("warmup_steps", 0, "a round begins at its full learning rate; leave it out"),
+    ):
+        if getattr(args, name) not in (unset, None):
+            raise ConfigurationError(name, getattr(args, name), instead)

@@ -1,0 +1,75 @@
+"""What the server needs to go on exactly, after every round."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_mlopt.errors import InputError
+from hf_mlopt.federated.algorithms import Message
+from hf_mlopt.federated.storage import load_message, save_message
+
+
+_TENSORS, _REST = "server.safetensors", "server.json"
+
+
+def save_checkpoint(
+    output_dir: Path, state: Mapping[str, Any], history: list[dict], run: Mapping[str, Any], limit: int | None
+) -> Path:
+    """
+    Writes `checkpoint-ROUND`, whole or not at all, and removes those older than the newest `limit`.
+
+    Args:
+        output_dir (`Path`): Folder of the training.
+        state (`Mapping`): The algorithm's `state_dict()`.
+        history (`list[dict]`): A row a round, JSON-able.
+        run (`Mapping`): What a resumed run must have in common with this one, JSON-able.
+        limit (`int`, *optional*): How many to keep; all by default.
+    """
+    path = output_dir / f"checkpoint-{state['round']}"
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_message(Message(state["groups"]), partial / _TENSORS)
+    rest = {name: value for name, value in state.items() if name != "groups"}
+    content = {"algorithm_state": rest, "history": history, "run": dict(run)}
+    (partial / _REST).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    if path.exists():  # of a run that died between this and its next round
+        shutil.rmtree(path)
+    os.replace(partial, path)
+    if limit is not None:
+        for old in checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(old)
+    return path
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Those in a folder, the newest last."""
+    found = [path for path in output_dir.glob("checkpoint-*") if (path / _REST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def load_checkpoint(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict]]:
+    """
+    Reads what [`save_checkpoint`] wrote.
+
+    Returns:
+        `tuple`: The algorithm's state, and the history.
+
+    Raises:
+        InputError: If it holds no checkpoint, or that of another run.
+    """
+    try:
+        content = json.loads((path / _REST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"resume_from_checkpoint={str(path)!r}: holds no checkpoint of a server ({error})") from error
+    for name, value in run.items():
+        if content["run"].get(name) != value:
+            raise InputError(
+                f"{name}={value!r}: the checkpoint {path.name} is of a run with {content['run'].get(name)!r}; "
+                "keep it, or begin a new training"
+            )
+    groups = {group: dict(tensors) for group, tensors in load_message(path / _TENSORS).groups.items()}
+    return {**content["algorithm_state"], "groups": groups}, content["history"]

@@ -1,0 +1,62 @@
+"""Before the first round: who is there, and whether they can train together."""
+
+import json
+import logging
+from collections.abc import Mapping
+
+from hf_mlopt.errors import InputError
+from hf_mlopt.federated.algorithms import Message
+from hf_mlopt.federated.client import HELLO
+from hf_mlopt.federated.engines import Engine, Exchanged
+
+
+logger = logging.getLogger(__name__)
+
+
+def roll_call(engine: Engine, own: Mapping[str, object]) -> dict[str, Message]:
+    """
+    Asks every site what it has.
+
+    Args:
+        engine (`Engine`): Knows the sites.
+        own (`Mapping`): What the server's model is: the scalars `layout`, `frozen` and `version` of a site's answer.
+
+    Returns:
+        `dict[str, Message]`: Site, in order of name, to its answer.
+
+    Raises:
+        InputError: If a site does not answer, has no data, or another model than the server.
+    """
+    names = engine.sites()
+    for site in names:
+        if names.count(site) > 1:
+            raise InputError(f"sites={sorted(names)}: two sites are named {site!r}; names must differ")
+    exchanged = Exchanged()
+    engine.exchange({site: Message({}, {"task": HELLO}) for site in names}, exchanged, lambda site: None)
+    for site, reason in exchanged.failures.items():
+        raise InputError(f"site {site!r} cannot take part: {reason}")
+    for site, answer in exchanged.replies.items():
+        _check(site, answer, own)
+    return {site: exchanged.replies[site] for site in sorted(names)}
+
+
+def _check(site: str, answer: Message, own: Mapping[str, object]) -> None:
+    found = answer.scalars
+    if not found.get("num_samples", 0) > 0:
+        raise InputError(f"site {site!r} has no rows to train on; leave it out, or give it data")
+    if found["layout"] != own["layout"]:
+        raise InputError(
+            f"site {site!r} has another model: {_difference(found['layout'], own['layout'])}; "
+            "all sites need the same architecture and vocabulary"
+        )
+    if found["frozen"] != own["frozen"]:
+        raise InputError(f"site {site!r} has other frozen weights; all sites need the same base model")
+    if found["version"] != own["version"]:
+        logger.warning("site %r has hf-mlopt %s, the server %s", site, found["version"], own["version"])
+
+
+def _difference(theirs: str, ours: str) -> str:
+    theirs, ours = json.loads(theirs), json.loads(ours)
+    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    first = f"{names[0]} is {theirs.get(names[0], 'absent')}, at the server {ours.get(names[0], 'absent')}"
+    return first if len(names) == 1 else f"{first} ({len(names)} tensors differ)"

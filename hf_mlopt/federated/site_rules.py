@@ -1,0 +1,199 @@
+"""What each algorithm adds to the local training of a site: to gradients, to steps, and to what the site keeps."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from transformers import TrainerCallback
+
+from hf_mlopt.errors import InputError
+from hf_mlopt.federated.algorithms import (
+    Message,
+    ditto_gradient,
+    domo_fused_step,
+    fedprox_gradient,
+    scaffold_gradient,
+    scaffold_new_control,
+)
+from hf_mlopt.federated.algorithms.message import Group
+from hf_mlopt.federated.parameters import SharedParameters
+
+
+class SiteRule(TrainerCallback):
+    """
+    FedAvg, which adds nothing; the others derive from it. One is made for each message. As a callback it sees every
+    step of the local training, and counts what the server has to know.
+
+    Args:
+        message (`Message`): What the server sent.
+        state (`Message`, *optional*): What the site has kept.
+        shared (`SharedParameters`): The model.
+    """
+
+    keeps_state = False
+
+    def __init__(self, message: Message, state: Message | None, shared: SharedParameters):
+        self.message, self.state, self.shared = message, state, shared
+        self.lr_sum, self.num_steps = 0.0, 0
+
+    def load(self) -> None:
+        """Has the model stand where local training starts."""
+        self.shared.load(self.message)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # In `on_step_end` the rate is that of the next step already.
+        self.lr = float(optimizer.param_groups[0]["lr"])
+        self.lr_sum += self.lr
+        self.num_steps += 1
+        self._correct()
+
+    def after(self, train: Callable[["SiteRule"], None]) -> tuple[dict[str, Group], Message | None]:
+        """
+        What the site answers and keeps after local training.
+
+        Args:
+            train (`Callable`): Trains the model as it stands once more, by another rule.
+        """
+        return dict(self.shared.message(self._answered()).groups), None
+
+    def _answered(self) -> dict[str, Group]:
+        return {group: self.message.groups[group] for group in ("weights", "buffers") if group in self.message.groups}
+
+    def _correct(self) -> None:
+        """Changes the gradients of a step, before it is made."""
+
+    @torch.no_grad()
+    def _set_gradients(self, corrected: Callable[[Group], Group]) -> None:
+        weights = self.shared.weights
+        grads = {name: p.grad for name, p in weights.items() if p.grad is not None and name in self._start}
+        for name, grad in corrected(grads).items():
+            weights[name].grad.copy_(grad)
+
+    @cached_property
+    def _start(self) -> Group:
+        return self._beside_weights(self.message.groups["weights"])
+
+    def _beside_weights(self, group: Group) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.shared.weights[name].device) for name, tensor in group.items()}
+
+
+class FedProxRule(SiteRule):
+    """FedProx: `g + μ (w - w_r)`."""
+
+    def _correct(self) -> None:
+        mu = self.message.scalars["proximal_mu"]
+        self._set_gradients(lambda grads: fedprox_gradient(grads, self.shared.weights, self._start, mu))
+
+
+class ScaffoldRule(SiteRule):
+    """SCAFFOLD: `g + c - c_k`; the site keeps c_k."""
+
+    keeps_state = True
+
+    @cached_property
+    def own_control(self) -> Group:
+        """c_k; zeros before the first round."""
+        if self.state is not None:
+            return self.state.groups["control"]
+        return {name: torch.zeros_like(c) for name, c in self.message.groups["control"].items()}
+
+    @cached_property
+    def _controls(self) -> tuple[Group, Group]:
+        return self._beside_weights(self.message.groups["control"]), self._beside_weights(self.own_control)
+
+    def _correct(self) -> None:
+        self._set_gradients(lambda grads: scaffold_gradient(grads, *self._controls))
+
+    def after(self, train):
+        groups, _ = super().after(train)
+        new, change = scaffold_new_control(
+            self.own_control,
+            self.message.groups["control"],
+            self.message.groups["weights"],
+            groups["weights"],
+            self.lr_sum,
+        )
+        return {**groups, "control_change": change}, Message({"control": new})
+
+
+class DittoRule(SiteRule):
+    """Ditto: beside the common model one of the site's own, trained towards the common one as it was sent."""
+
+    keeps_state = True
+
+    def after(self, train):
+        groups, _ = super().after(train)
+        self.shared.load(self.message, self.personal())
+        train(_DittoPersonalRule(self.message, None, self.shared))
+        personal = self.shared.message()
+        return groups, Message(personal.groups)
+
+    def personal(self) -> Message:
+        """The site's own model; before its first round the common one."""
+        return self.state or self.message
+
+
+class _DittoPersonalRule(SiteRule):
+    def _correct(self) -> None:
+        lmbda = self.message.scalars["ditto_lambda"]
+        self._set_gradients(lambda grads: ditto_gradient(grads, self.shared.weights, self._start, lmbda))
+
+
+class FedBNRule(SiteRule):
+    """FedBN: what the messages leave out, above all the normalization layers, is the site's own."""
+
+    keeps_state = True
+
+    def load(self) -> None:
+        self.shared.load(self.message, *([self.state] if self.state else []))
+
+    def after(self, train):
+        groups, _ = super().after(train)
+        own = {
+            group: [name for name in tensors if name not in self.message.groups.get(group, ())]
+            for group, tensors in self.shared.tensors().items()
+        }
+        return groups, self.shared.message(own)
+
+
+class DOMORule(SiteRule):
+    """DOMO-S: every local step goes along the server's momentum as well; DOMO's fusion is the server's."""
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.message.scalars["fusion_at"] == "step":
+            weights = {name: self.shared.weights[name] for name in self._momenta}
+            for name, value in domo_fused_step(
+                weights, self._momenta, self.lr, self.message.scalars["fusion"]
+            ).items():
+                weights[name].copy_(value)
+
+    @cached_property
+    def _momenta(self) -> Group:
+        return self._beside_weights(self.message.groups["server_momentum"])
+
+
+SITE_RULES = {
+    "fedavg": SiteRule,
+    "fedavgm": SiteRule,
+    "fedadam": SiteRule,
+    "fedyogi": SiteRule,
+    "fedprox": FedProxRule,
+    "scaffold": ScaffoldRule,
+    "ditto": DittoRule,
+    "fedbn": FedBNRule,
+    "domo": DOMORule,
+}
+
+
+def site_rule(message: Message) -> type[SiteRule]:
+    """
+    The rule for a message.
+
+    Raises:
+        InputError: If this version does not know the server's algorithm.
+    """
+    name = message.scalars.get("algorithm")
+    if name not in SITE_RULES:
+        raise InputError(f"algorithm={name!r}: this site knows {', '.join(SITE_RULES)}; install the server's version")
+    return SITE_RULES[name]

@@ -1,0 +1,256 @@
+"""A Trainer at every site, and a server that makes one model of theirs."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
+
+from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.federated.algorithm_table import make_algorithm
+from hf_mlopt.federated.algorithms import ServerAlgorithm
+from hf_mlopt.federated.arguments import FederatedTrainingArguments
+from hf_mlopt.federated.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from hf_mlopt.federated.client import FederatedClient, SiteData
+from hf_mlopt.federated.engines import Engine, InProcessEngine, ProcessEngine
+from hf_mlopt.federated.roll_call import roll_call
+from hf_mlopt.federated.rounds import RoundFailed, evaluate_sites, mean_over_sites, run_round
+from hf_mlopt.federated.storage import SiteStore
+from hf_mlopt.training import MLOptTrainer
+
+
+logger = logging.getLogger(__name__)
+
+# What a resumed run must have in common with the one it goes on from.
+_OF_A_RUN = ("algorithm", "algorithm_args", "seed")
+
+
+class FederatedTrainer:
+    """
+    Trains one model at several sites whose data stay where they are.
+
+    Args:
+        model_init (`Callable`): Makes the model. Its trainable parameters travel; of a model with adapters only these.
+        args (`FederatedTrainingArguments`): What a site does in a round, the algorithm, and the rounds.
+        sites (`Mapping`, *optional*): Site to its `train` data set, to a mapping of `train` and `test` (a
+            `DatasetDict`), or to a [`SiteData`]. Not needed with an `engine`.
+        algorithm (`ServerAlgorithm`, *optional*): In place of the one that `args` name.
+        engine (`Engine`, *optional*): What reaches the sites; by default they train on this machine, in
+            `args.num_workers` processes or in this one.
+        eval_dataset (`datasets.Dataset`, *optional*): Rows of the server's own to evaluate on.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Of the server: a round is a step, and is logged.
+        site_callbacks (`Callable[[str], list]`, *optional*): Site to callbacks of its Trainer.
+        trainer_class (`type`, *optional*, defaults to `MLOptTrainer`): The sites' Trainer.
+        **trainer_kwargs: Its further keywords: `data_collator`, `processing_class`, `compute_metrics`...
+
+    Raises:
+        InputError: If arguments, sites and model do not go together.
+    """
+
+    def __init__(
+        self,
+        model_init: Callable[[], torch.nn.Module],
+        args: FederatedTrainingArguments,
+        sites: Mapping[str, Any] | None = None,
+        algorithm: ServerAlgorithm | None = None,
+        engine: Engine | None = None,
+        eval_dataset: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        site_callbacks: Callable[[str], list[TrainerCallback]] | None = None,
+        trainer_class: type[Trainer] = MLOptTrainer,
+        **trainer_kwargs: Any,
+    ):
+        if (sites is None) == (engine is None):
+            raise InputError("sites: give the sites' data, or an engine that reaches them")
+        if args.world_size > 1:
+            raise InputError(f"world_size={args.world_size}: the server is one process; start it without a launcher")
+        self.args, self.eval_dataset = args, eval_dataset
+        data = {name: _site_data(name, given) for name, given in (sites or {}).items()}
+        store = SiteStore(Path(args.output_dir) / "sites")
+        self.client = FederatedClient(
+            args, model_init, data.__getitem__, store, trainer_class, trainer_kwargs, site_callbacks
+        )
+        self.engine = engine or _local_engine(args, list(data), self.client)
+        self.algorithm = algorithm or make_algorithm(args, self.client.model)
+        self.history: list[dict[str, Any]] = []
+        reporters = get_reporting_integration_callbacks(args.report_to)
+        every = [*(reporter() for reporter in reporters), *callbacks]
+        self._callbacks = CallbackHandler(every, self.client.model, None, None, None)
+        self._state = TrainerState(max_steps=args.num_rounds)
+        self._control = TrainerControl()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The server's model, as it was last trained, evaluated or saved."""
+        return self.client.model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
+        """
+        Runs the rounds that are left, with a checkpoint of the server after each.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): Folder of a checkpoint; `True` is the newest in
+                `output_dir`.
+
+        Returns:
+            `dict`: The last row of the history.
+
+        Raises:
+            InputError: If the sites cannot train together; before the first round.
+            RoundFailed: If a round has too few sites. What was before is in the last checkpoint.
+        """
+        try:
+            self._begin(resume_from_checkpoint)
+            self._callbacks.on_train_begin(self.args, self._state, self._control)
+            with tqdm(total=self.args.num_rounds, unit="round", disable=self.args.disable_tqdm) as bar:
+                bar.update(self.algorithm.round)
+                while self.algorithm.round < self.args.num_rounds:
+                    self._round(bar)
+            self._evaluate_last()
+        finally:
+            self.engine.close()
+        self._load_into_model()
+        self._callbacks.on_train_end(self.args, self._state, self._control)
+        return self.history[-1]
+
+    def evaluate(self) -> dict[str, Any]:
+        """
+        Has all sites, and the server where it has data, evaluate the model as it is.
+
+        Returns:
+            `dict`: Metrics as means over the sites' rows, those of the server as `server_...`, and `sites`.
+        """
+        found = evaluate_sites(self.algorithm, self.engine)
+        return {**mean_over_sites(found), **self._at_the_server(), "sites": found}
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Writes the server's model, as a Trainer would."""
+        self._load_into_model()
+        trainer = self.client.trainer_class(self.model, self.args, **self.client.trainer_kwargs)
+        trainer.save_model(output_dir)
+
+    def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
+        found = checkpoints(Path(self.args.output_dir))
+        if found and not resume_from_checkpoint:
+            raise ConfigurationError(
+                "output_dir", self.args.output_dir, f"holds {found[-1].name}; resume from it, or take another folder"
+            )
+        if resume_from_checkpoint is True and not found:
+            raise ConfigurationError("resume_from_checkpoint", True, f"no checkpoint in {self.args.output_dir}")
+        roster = roll_call(self.engine, self.client.description())
+        if resume_from_checkpoint:
+            path = found[-1] if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            state, self.history = load_checkpoint(path, self._run())
+            self.algorithm.setup(list(roster), self.client.initial(), self.args.seed)  # compared with the state
+            self.algorithm.load_state_dict(state)
+        else:
+            self.algorithm.setup(list(roster), self.client.initial(), self.args.seed)
+        num_samples = {site: answer.scalars["num_samples"] for site, answer in roster.items()}
+        logger.info(
+            "%s over %d sites (%s), %s trainable parameters of %s, %d rounds",
+            *(self.args.algorithm, len(roster), ", ".join(f"{site}: {n} rows" for site, n in num_samples.items())),
+            f"{sum(p.numel() for p in self.client.shared.weights.values()):,}",
+            type(self.model).__name__,
+            self.args.num_rounds,
+        )
+
+    def _round(self, bar: tqdm) -> None:
+        args, round, pending = self.args, self.algorithm.round, set(self.algorithm.configure(self.algorithm.round))
+        asked, every = len(pending), args.evaluate_every
+        fused = bool(every and self.algorithm.sends_model and round > 0 and round % every == 0)
+
+        def on_reply(site: str) -> None:
+            pending.discard(site)
+            waited = f", waiting for {', '.join(sorted(pending)[:3])}" if pending else ""
+            bar.set_postfix_str(f"{asked - len(pending)}/{asked} sites{waited}")
+
+        try:
+            scalars = {"lr_factor": self._lr_factor(round), "evaluate": fused}
+            row, found = run_round(self.algorithm, self.engine, scalars, on_reply)
+        except RoundFailed as error:
+            raise RoundFailed(f"{error}. What was before round {round} is kept; resume to do it again") from error
+        if fused and found:
+            self._note_evaluation(self.history[-1], found)
+        self.history.append(row)
+        for site, reason in row["absent"].items():
+            logger.warning("round %d: %s is left out: %s", round, site, reason)
+        self._log({"round": round, "train_loss": row["train_loss"], "update_norm": row["update_norm"]})
+        is_due = every and (round + 1) % every == 0 and round + 1 < args.num_rounds
+        if is_due and not self.algorithm.sends_model:
+            self._note_evaluation(row, evaluate_sites(self.algorithm, self.engine))
+        if is_due and self.eval_dataset is not None:
+            row["server"] = self._at_the_server()
+            self._log(row["server"])
+        state = self.algorithm.state_dict()
+        save_checkpoint(Path(args.output_dir), state, self.history, self._run(), args.save_total_limit)
+        bar.update()
+
+    def _evaluate_last(self) -> None:
+        row = self.history[-1]
+        if not self.args.evaluate_every or "evaluation" in row or "server" in row:
+            return
+        found = evaluate_sites(self.algorithm, self.engine)
+        if found:
+            self._note_evaluation(row, found)
+        if self.eval_dataset is not None:
+            row["server"] = self._at_the_server()
+            self._log(row["server"])
+        state = self.algorithm.state_dict()
+        save_checkpoint(Path(self.args.output_dir), state, self.history, self._run(), self.args.save_total_limit)
+
+    def _note_evaluation(self, row: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
+        row["evaluation"] = {**mean_over_sites(found), "sites": found}
+        self._log({"round": row["round"], **mean_over_sites(found)})
+
+    def _at_the_server(self) -> dict[str, float]:
+        if self.eval_dataset is None:
+            return {}
+        self._load_into_model()
+        metrics = self.client.evaluate_on(self.eval_dataset)
+        return {name.replace("eval_", "server_", 1): value for name, value in metrics.items()}
+
+    def _load_into_model(self) -> None:
+        message = next(iter(self.algorithm.evaluation().values()))
+        self.client.shared.load(message)
+
+    def _log(self, logs: dict[str, Any]) -> None:
+        self._state.global_step = self.algorithm.round
+        logs = {name: value for name, value in logs.items() if value is not None}
+        self._state.log_history.append({**logs, "step": self._state.global_step})
+        self._callbacks.on_log(self.args, self._state, self._control, logs)
+
+    def _lr_factor(self, round: int) -> float:
+        share = round / self.args.num_rounds
+        kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        return {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[kind]
+
+    def _run(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in _OF_A_RUN}
+
+
+def _site_data(name: str, given: Any) -> SiteData:
+    if isinstance(given, Mapping):
+        unknown = set(given) - {"train", "test", "validation"}
+        if "train" not in given or unknown:
+            raise InputError(f"sites[{name!r}] has splits {list(given)}; give train, and test or validation")
+        given = SiteData(given["train"], given.get("test", given.get("validation")))
+    data = given if isinstance(given, SiteData) else SiteData(given)
+    if not hasattr(data.train, "__len__"):
+        raise InputError(f"sites[{name!r}]: a data set with a length is needed, to weigh the site by")
+    if len(data.train) == 0:
+        raise InputError(f"sites[{name!r}] has no rows to train on; leave it out, or give it data")
+    return data
+
+
+def _local_engine(args: FederatedTrainingArguments, names: list[str], client: FederatedClient) -> Engine:
+    if not names:
+        raise InputError("sites: a training needs a site")
+    if args.num_workers == 0:
+        return InProcessEngine(names, client.answer)
+    return ProcessEngine(names, client.answer, args.num_workers, args.round_timeout, args.site_retries)
