@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.federated.algorithm_table import ALGORITHM_NAMES, local_optimizer
+from hf_mlopt.federated.update_codec import make_update_codec
 from hf_mlopt.training.arguments import MLOptTrainingArguments, json_object
 
 
@@ -46,6 +47,27 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
             Course of the learning rate over the rounds, `constant`, `linear` or `cosine`; in a round it is constant.
         save_total_limit (`int`, *optional*, defaults to 2):
             Checkpoints of the server to keep; there is one after every round.
+        clip_update (`float`, *optional*):
+            Largest L2 norm of the change that a site makes to the weights in a round; a larger one is scaled down.
+        noise_multiplier (`float`, *optional*, defaults to 0.0):
+            Standard deviation of the Gaussian noise on that change, over `clip_update`. It hides that a site has the
+            data it has, from the server too; that takes so much noise that of few sites (5, say) nothing is learned.
+            It is no protection of single rows, which DP-SGD in the sites' own training would be. Losses, metrics and
+            numbers of rows are told without noise. Every row of the history has the `epsilon` spent so far.
+        target_delta (`float`, *optional*, defaults to 1e-5):
+            δ of that ε.
+        noise_seed (`int`, *optional*):
+            Makes the noise repeatable, for tests: whoever knows the seed can take the noise off again.
+        update_codec (`str`, *optional*):
+            Gradient codec in which the change of the weights travels to the server: `orq-9`, `bingrad-b`, `sign`,
+            `top-k-0.01`, `bf16`... Vectors and small tensors travel as they are.
+        update_codec_args (`dict` or `str`, *optional*):
+            Settings of the codec, or a JSON object of them: `{"block": 1024}`.
+        update_feedback (`bool`, *optional*, defaults to `False`):
+            Whether sites add to a change what of the earlier ones was not sent.
+        secure_sum (`bool`, *optional*, defaults to `False`):
+            Whether updates are masked so that the server learns their sum alone, of at least three sites. For an
+            algorithm that needs no more than their mean, and a server that hands out the sites' keys honestly.
         report_to (`str`, *optional*, defaults to `"none"`):
             Where the metrics of rounds go as well: `tensorboard`, `wandb`...
     """
@@ -63,6 +85,14 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
     num_workers: int = 0
     round_timeout: float | None = None
     site_retries: int = 1
+    clip_update: float | None = None
+    noise_multiplier: float = 0.0
+    target_delta: float = 1e-5
+    noise_seed: int | None = None
+    update_codec: str | None = None
+    update_codec_args: dict[str, Any] | str | None = None
+    update_feedback: bool = False
+    secure_sum: bool = False
     lr_scheduler_type: str = "constant"
     save_total_limit: int | None = 2
     report_to: str | list[str] | None = "none"
@@ -70,8 +100,10 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
     def __post_init__(self):
         local_steps, self.local_steps = self.local_steps, 1  # theirs is that of optimizers with rounds
         self.algorithm_args = json_object("algorithm_args", self.algorithm_args)
+        self.update_codec_args = json_object("update_codec_args", self.update_codec_args)
         _check_numbers(self, local_steps)
         _check_schedule(self)
+        _check_updates(self)
         if self.algorithm not in ALGORITHM_NAMES:
             raise ConfigurationError("algorithm", self.algorithm, f"must be one of {', '.join(ALGORITHM_NAMES)}")
         self.mlopt_optim, self.mlopt_optim_args = local_optimizer(self)
@@ -97,8 +129,12 @@ def _check_numbers(args: FederatedTrainingArguments, local_steps: int | None) ->
             raise ConfigurationError(name, value, f"must be an int of at least {least}")
     for name, most in (("local_epochs", math.inf), ("round_timeout", math.inf), ("site_fraction", 1)):
         value = getattr(args, name)
-        if value is not None and not (0 < value <= most and math.isfinite(value)):
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        if value is not None and not (is_number and 0 < value <= most):
             raise ConfigurationError(name, value, "must be above 0" + (" and at most 1" if most == 1 else ""))
+    for name, known in (("site_weights", ("samples", "uniform")), ("optimizer_state", ("reset", "keep"))):
+        if getattr(args, name) not in known:
+            raise ConfigurationError(name, getattr(args, name), f"must be {' or '.join(known)}")
     if args.round_timeout is not None and args.num_workers == 0:
         raise ConfigurationError(
             "round_timeout", args.round_timeout, "needs num_workers: a site that trains in this process cannot be left"
@@ -117,3 +153,29 @@ def _check_schedule(args: FederatedTrainingArguments) -> None:
     ):
         if getattr(args, name) not in (unset, None):
             raise ConfigurationError(name, getattr(args, name), instead)
+
+
+def _check_updates(args: FederatedTrainingArguments) -> None:
+    clip = args.clip_update
+    for name, value, is_good, allowed in (
+        ("clip_update", clip, clip is None or 0 < clip < math.inf, "must be above 0"),
+        ("noise_multiplier", args.noise_multiplier, 0 <= args.noise_multiplier < math.inf, "must be at least 0"),
+        ("target_delta", args.target_delta, 0 < args.target_delta < 1, "must be above 0 and below 1"),
+    ):
+        if not is_good:
+            raise ConfigurationError(name, value, allowed)
+    no_codec = "has no effect without a codec; set update_codec, or leave it out"
+    for name, is_set, needed, instead in (
+        ("noise_multiplier", args.noise_multiplier > 0, clip, "is in units of clip_update; set that too"),
+        ("noise_seed", args.noise_seed is not None, args.noise_multiplier, "has no effect without noise_multiplier"),
+        ("update_codec_args", bool(args.update_codec_args), args.update_codec, no_codec),
+        ("update_feedback", args.update_feedback, args.update_codec, no_codec),
+    ):
+        if is_set and not needed:
+            raise ConfigurationError(name, getattr(args, name), instead)
+    if args.secure_sum and args.update_codec is not None:
+        raise ConfigurationError(
+            "update_codec", args.update_codec, "masked words cannot be compressed; drop secure_sum"
+        )
+    if args.update_codec is not None:
+        make_update_codec(args.update_codec, args.update_codec_args, args.update_feedback)

@@ -36,13 +36,21 @@ def save_checkpoint(
     rest = {name: value for name, value in state.items() if name != "groups"}
     content = {"algorithm_state": rest, "history": history, "run": dict(run)}
     (partial / _REST).write_text(json.dumps(content) + "\n", encoding="utf-8")
-    if path.exists():  # of a run that died between this and its next round
-        shutil.rmtree(path)
+    # One of this round is there where a run went on from an older one, and before its last evaluation.
+    removed = [_out_of_sight(path)] if path.exists() else []
     os.replace(partial, path)
     if limit is not None:
-        for old in checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
+        removed += [_out_of_sight(old) for old in checkpoints(output_dir)[:-limit] if old != path]
+    for old in removed:
+        shutil.rmtree(old)
     return path
+
+
+def _out_of_sight(path: Path) -> Path:
+    """Renames a checkpoint to be removed, since half of one looks like a whole one."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return path.rename(hidden)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -65,7 +73,7 @@ def load_checkpoint(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any],
         content = json.loads((path / _REST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"resume_from_checkpoint={str(path)!r}: holds no checkpoint of a server ({error})") from error
-    for name, value in run.items():
+    for name, value in json.loads(json.dumps(dict(run))).items():  # as it is in the file
         if content["run"].get(name) != value:
             raise InputError(
                 f"{name}={value!r}: the checkpoint {path.name} is of a run with {content['run'].get(name)!r}; "

@@ -3,10 +3,10 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hf_mlopt import __version__
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms import Message
+from hf_mlopt.federated.algorithms.message import Group
 from hf_mlopt.federated.arguments import FederatedTrainingArguments
 from hf_mlopt.federated.local_momentum import load_local_momentum, local_momentum
 from hf_mlopt.federated.optimizer_state import load_optimizer_groups, optimizer_groups
 from hf_mlopt.federated.parameters import SharedParameters
+from hf_mlopt.federated.privacy.masking import KEYS
+from hf_mlopt.federated.reply_filters import ReplyFilters
 from hf_mlopt.federated.site_rules import DittoRule, SiteRule, site_rule
 from hf_mlopt.federated.storage import SiteStore
 from hf_mlopt.training import MLOptTrainer
@@ -54,8 +58,6 @@ class FederatedClient:
         trainer_class (`type`, *optional*, defaults to `MLOptTrainer`): Any Trainer.
         trainer_kwargs (`Mapping`, *optional*): Further keywords of it: `data_collator`, `compute_metrics`...
         callbacks (`Callable[[str], list]`, *optional*): Site to callbacks of its Trainer.
-        encode (`Callable[[Message, Message], Message]`, *optional*): What becomes of a reply before it leaves:
-            (sent, reply) to reply.
     """
 
     def __init__(
@@ -67,11 +69,11 @@ class FederatedClient:
         trainer_class: type[Trainer] = MLOptTrainer,
         trainer_kwargs: Mapping[str, Any] | None = None,
         callbacks: Callable[[str], list[TrainerCallback]] | None = None,
-        encode: Callable[[Message, Message], Message] | None = None,
     ):
         self.args, self.model_init, self.data, self.store = args, model_init, data, store
         self.trainer_class, self.trainer_kwargs = trainer_class, dict(trainer_kwargs or {})
-        self.callbacks, self.encode = callbacks or (lambda site: []), encode
+        self.callbacks = callbacks or (lambda site: [])
+        self.filters = ReplyFilters(args, store)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -90,8 +92,8 @@ class FederatedClient:
 
     def answer(self, site: str, message: Message) -> Message:
         """
-        What the site says to a message, by its scalar `task`: `hello`, `train` or `evaluate`. The same message gets
-        the same answer, however often it comes.
+        What the site says to a message, by its scalar `task`: `hello`, `train`, `evaluate`, or `keys` before a masked
+        sum. The same message gets the same answer, however often it comes; but one for a masked sum only once.
 
         Raises:
             InputError: If the site cannot do what is asked, such as go on from a state that it has lost.
@@ -99,6 +101,8 @@ class FederatedClient:
         task = message.scalars.get("task")
         if task == HELLO:
             return self._hello(site)
+        if task == KEYS:
+            return self.filters.new_key(site, message)
         if task not in (TRAIN, EVALUATE):
             raise InputError(f"task={task!r}: a site is asked to {HELLO}, {TRAIN} or {EVALUATE}")
         data, rule_cls = self.data(site), site_rule(message)
@@ -106,17 +110,19 @@ class FederatedClient:
         if task == EVALUATE:
             rule.load()
             return Message({}, {"round": message.scalars["round"], **self._evaluated(data, rule)})
-        reply, state = self._step(site, data, rule)
-        if state is not None:
+        reply, kept = self._step(site, data, rule)
+        reply, of_filters = self.filters.encode(site, message, reply, rule.state)
+        if self._keeps_state(message, rule_cls):
+            state = Message({**kept, **of_filters})
             self.store.save(site, message.scalars["round"], state, message.scalars["state_round"])
-        return reply if self.encode is None else self.encode(message, reply)
+        return reply
 
     def description(self) -> dict[str, str]:
         """What must be the same wherever one model is trained: `layout`, `frozen` and `version`."""
         return {
             "layout": json.dumps(self.shared.layout(), sort_keys=True),
             "frozen": self.shared.frozen_digest(),
-            "version": version("hf-mlopt"),
+            "version": __version__,
         }
 
     def initial(self) -> Message:
@@ -128,6 +134,10 @@ class FederatedClient:
         trainer = self._trainer(SiteData(dataset, dataset), Message({}))
         return _metrics(trainer, "eval")
 
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Writes the model as it stands, as a Trainer would; by default into `output_dir` of the arguments."""
+        self._trainer(SiteData(None), Message({})).save_model(output_dir)
+
     def _hello(self, site: str) -> Message:
         data = self.data(site)
         num_evaluated = 0 if data.evaluation is None else len(data.evaluation)
@@ -135,20 +145,24 @@ class FederatedClient:
 
     def _state(self, site: str, message: Message, rule_cls: type[SiteRule]) -> Message | None:
         round = message.scalars["state_round"]
-        if round < 0 or not (rule_cls.keeps_state or self._keeps_optimizer(message)):
+        if round < 0 or not self._keeps_state(message, rule_cls):
             return None
         state = self.store.load(site, round)
         if state is None:
-            what = f"its state of {message.scalars['algorithm']}" if rule_cls.keeps_state else "its optimizer's state"
+            what = "what its codec has not sent" if self.filters.keeps_state else "its optimizer's state"
+            what = f"its state of {message.scalars['algorithm']}" if rule_cls.keeps_state else what
             raise InputError(
                 f"site {site!r} has lost {what} after round {round}: restore its folder, or begin a new training"
             )
         return state
 
+    def _keeps_state(self, message: Message, rule_cls: type[SiteRule]) -> bool:
+        return rule_cls.keeps_state or self._keeps_optimizer(message) or self.filters.keeps_state
+
     def _keeps_optimizer(self, message: Message) -> bool:
         return "keep" in (self.args.optimizer_state, message.scalars.get("local_state"))
 
-    def _step(self, site: str, data: SiteData, rule: SiteRule) -> tuple[Message, Message | None]:
+    def _step(self, site: str, data: SiteData, rule: SiteRule) -> tuple[Message, dict[str, Group]]:
         message, kept = rule.message, {}
         rule.load()
         scalars = {
@@ -174,7 +188,7 @@ class FederatedClient:
         groups, state = rule.after(lambda other: _train(self._ready(site, data, other)))
         scalars["seconds"] = time.perf_counter() - started
         kept = {**(state.groups if state else {}), **kept}
-        return Message({**groups, **momentum}, scalars), Message(kept) if kept else None
+        return Message({**groups, **momentum}, scalars), kept
 
     def _evaluated(self, data: SiteData, rule: SiteRule) -> dict[str, float]:
         if data.evaluation is None:
@@ -187,6 +201,7 @@ class FederatedClient:
 
     def _trainer(self, data: SiteData, message: Message) -> Trainer:
         args = self._arguments(message)
+        args.dataloader_drop_last = False  # Trainer would leave out rows of an evaluation as well
         trainer = self.trainer_class(
             self.model, args, train_dataset=data.train, eval_dataset=data.evaluation, **self.trainer_kwargs
         )
@@ -200,6 +215,7 @@ class FederatedClient:
         log = _LogFile(self.store.folder / site / "log.jsonl", rule.message.scalars["round"])
         for callback in (rule, log, *self.callbacks(site)):
             trainer.add_callback(callback)
+        trainer.args.dataloader_drop_last = self.args.dataloader_drop_last
         trainer.create_optimizer()
         return trainer
 
@@ -240,16 +256,16 @@ def _begin_with(optimizer, shared: SharedParameters, message: Message, state: Me
 
 def _train(trainer: Trainer) -> float:
     set_seed(trainer.args.seed)  # an evaluation before has drawn numbers
-    loss = trainer.train().training_loss
-    if isinstance(trainer, MLOptTrainer):
-        trainer.to_evaluation_point()
-    _release(trainer)
+    with _released(trainer):
+        loss = trainer.train().training_loss
+        if isinstance(trainer, MLOptTrainer):
+            trainer.to_evaluation_point()
     return loss
 
 
 def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
-    found = trainer.evaluate(metric_key_prefix=prefix)
-    _release(trainer)
+    with _released(trainer):
+        found = trainer.evaluate(metric_key_prefix=prefix)
     timing = ("_runtime", "_per_second", "_preparation_time")
     return {
         name: float(value)
@@ -258,6 +274,10 @@ def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
     }
 
 
-def _release(trainer: Trainer) -> None:
-    """Takes off what mixed precision has put around the model's forward; the next Trainer puts it on again."""
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+@contextmanager
+def _released(trainer: Trainer) -> Iterator[None]:
+    """Takes off at the end what mixed precision has put around the model's forward; the next Trainer does it again."""
+    try:
+        yield
+    finally:
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -31,6 +31,8 @@ def roll_call(engine: Engine, own: Mapping[str, object]) -> dict[str, Message]:
     for site in names:
         if names.count(site) > 1:
             raise InputError(f"sites={sorted(names)}: two sites are named {site!r}; names must differ")
+        if site in (".", "..") or "/" in str(site) or "\\" in str(site):
+            raise InputError(f"sites: {site!r} would leave its folder; a name must not be a path")
     exchanged = Exchanged()
     engine.exchange({site: Message({}, {"task": HELLO}) for site in names}, exchanged, lambda site: None)
     for site, reason in exchanged.failures.items():

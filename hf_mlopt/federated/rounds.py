@@ -136,6 +136,10 @@ def _metrics_of(scalars: dict[str, Scalar], remove: bool = False) -> dict[str, f
 
 
 def _mean(rows: Mapping[str, Mapping[str, float]], name: str, weight: str) -> float | None:
-    held = [row for row in rows.values() if name in row and math.isfinite(row[name])]
+    held = [row for row in rows.values() if all(_is_finite(row.get(key)) for key in (name, weight))]
     total = sum(row[weight] for row in held)
     return sum(row[name] * row[weight] / total for row in held) if total else None
+
+
+def _is_finite(value: Scalar | None) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

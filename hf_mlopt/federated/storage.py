@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -28,7 +29,8 @@ def save_message(message: Message, path: Path) -> None:
         for name, tensor in group_tensors.items():
             storage = tensor.untyped_storage().data_ptr()
             is_shared = storage in storages and tensor.numel() > 0  # which the format refuses
-            tensors[f"{group}/{name}"] = tensor.clone() if is_shared else tensor.contiguous()
+            contiguous = tensor.clone(memory_format=torch.contiguous_format) if is_shared else tensor.contiguous()
+            tensors[f"{group}/{name}"] = contiguous
             storages.add(storage)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file(tensors, partial, metadata={_HEADER: message.header()})
@@ -64,7 +66,7 @@ class SpooledReplies(Mapping[str, Message]):
 
     def add(self, site: str, message: Message) -> None:
         """Takes a reply; a second one of the same site replaces the first."""
-        path = self.folder / f"{len(self._files)}.safetensors"
+        path = self._files.get(site, self.folder / f"{len(self._files)}.safetensors")
         save_message(message, path)
         self._files[site] = path
 

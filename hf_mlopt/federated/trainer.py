@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.federated.algorithm_table import make_algorithm
@@ -19,6 +20,9 @@ from hf_mlopt.federated.arguments import FederatedTrainingArguments
 from hf_mlopt.federated.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from hf_mlopt.federated.client import FederatedClient, SiteData
 from hf_mlopt.federated.engines import Engine, InProcessEngine, ProcessEngine
+from hf_mlopt.federated.privacy.accounting import epsilon, num_releases
+from hf_mlopt.federated.privacy.secure_round import run_secure_round
+from hf_mlopt.federated.reply_filters import check_switches
 from hf_mlopt.federated.roll_call import roll_call
 from hf_mlopt.federated.rounds import RoundFailed, evaluate_sites, mean_over_sites, run_round
 from hf_mlopt.federated.storage import SiteStore
@@ -28,7 +32,10 @@ from hf_mlopt.training import MLOptTrainer
 logger = logging.getLogger(__name__)
 
 # What a resumed run must have in common with the one it goes on from.
-_OF_A_RUN = ("algorithm", "algorithm_args", "seed")
+_OF_A_RUN = (
+    *("algorithm", "algorithm_args", "seed", "clip_update", "noise_multiplier"),
+    *("update_codec", "update_codec_args", "update_feedback", "secure_sum"),
+)
 
 
 class FederatedTrainer:
@@ -39,7 +46,8 @@ class FederatedTrainer:
         model_init (`Callable`): Makes the model. Its trainable parameters travel; of a model with adapters only these.
         args (`FederatedTrainingArguments`): What a site does in a round, the algorithm, and the rounds.
         sites (`Mapping`, *optional*): Site to its `train` data set, to a mapping of `train` and `test` (a
-            `DatasetDict`), or to a [`SiteData`]. Not needed with an `engine`.
+            `DatasetDict`), to a [`SiteData`], or to a function that returns one of these when the site needs it. Not
+            needed with an `engine`.
         algorithm (`ServerAlgorithm`, *optional*): In place of the one that `args` name.
         engine (`Engine`, *optional*): What reaches the sites; by default they train on this machine, in
             `args.num_workers` processes or in this one.
@@ -71,16 +79,16 @@ class FederatedTrainer:
         if args.world_size > 1:
             raise InputError(f"world_size={args.world_size}: the server is one process; start it without a launcher")
         self.args, self.eval_dataset = args, eval_dataset
-        data = {name: _site_data(name, given) for name, given in (sites or {}).items()}
+        data = {name: given if callable(given) else _site_data(name, given) for name, given in (sites or {}).items()}
         store = SiteStore(Path(args.output_dir) / "sites")
         self.client = FederatedClient(
-            args, model_init, data.__getitem__, store, trainer_class, trainer_kwargs, site_callbacks
+            args, model_init, partial(_data_of, data), store, trainer_class, trainer_kwargs, site_callbacks
         )
         self.engine = engine or _local_engine(args, list(data), self.client)
         self.algorithm = algorithm or make_algorithm(args, self.client.model)
         self.history: list[dict[str, Any]] = []
         reporters = get_reporting_integration_callbacks(args.report_to)
-        every = [*(reporter() for reporter in reporters), *callbacks]
+        every = [DefaultFlowCallback(), *(reporter() for reporter in reporters), *callbacks]
         self._callbacks = CallbackHandler(every, self.client.model, None, None, None)
         self._state = TrainerState(max_steps=args.num_rounds)
         self._control = TrainerControl()
@@ -115,7 +123,7 @@ class FederatedTrainer:
             self._evaluate_last()
         finally:
             self.engine.close()
-        self._load_into_model()
+        self.load_server_model()
         self._callbacks.on_train_end(self.args, self._state, self._control)
         return self.history[-1]
 
@@ -126,14 +134,14 @@ class FederatedTrainer:
         Returns:
             `dict`: Metrics as means over the sites' rows, those of the server as `server_...`, and `sites`.
         """
+        self.load_server_model()
         found = evaluate_sites(self.algorithm, self.engine)
         return {**mean_over_sites(found), **self._at_the_server(), "sites": found}
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Writes the server's model, as a Trainer would."""
-        self._load_into_model()
-        trainer = self.client.trainer_class(self.model, self.args, **self.client.trainer_kwargs)
-        trainer.save_model(output_dir)
+        self.load_server_model()
+        self.client.save_model(output_dir)
 
     def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
         found = checkpoints(Path(self.args.output_dir))
@@ -151,6 +159,7 @@ class FederatedTrainer:
             self.algorithm.load_state_dict(state)
         else:
             self.algorithm.setup(list(roster), self.client.initial(), self.args.seed)
+        check_switches(self.args, self.algorithm)
         num_samples = {site: answer.scalars["num_samples"] for site, answer in roster.items()}
         logger.info(
             "%s over %d sites (%s), %s trainable parameters of %s, %d rounds",
@@ -163,7 +172,9 @@ class FederatedTrainer:
     def _round(self, bar: tqdm) -> None:
         args, round, pending = self.args, self.algorithm.round, set(self.algorithm.configure(self.algorithm.round))
         asked, every = len(pending), args.evaluate_every
-        fused = bool(every and self.algorithm.sends_model and round > 0 and round % every == 0)
+        # Under masks no reply says anything but its vector.
+        can_fuse = self.algorithm.sends_model and not args.secure_sum
+        fused = bool(every and can_fuse and round > 0 and round % every == 0)
 
         def on_reply(site: str) -> None:
             pending.discard(site)
@@ -172,17 +183,21 @@ class FederatedTrainer:
 
         try:
             scalars = {"lr_factor": self._lr_factor(round), "evaluate": fused}
-            row, found = run_round(self.algorithm, self.engine, scalars, on_reply)
+            run = run_secure_round if args.secure_sum else partial(run_round, decode=self.client.filters.decode)
+            row, found = run(self.algorithm, self.engine, scalars, on_reply)
         except RoundFailed as error:
             raise RoundFailed(f"{error}. What was before round {round} is kept; resume to do it again") from error
         if fused and found:
             self._note_evaluation(self.history[-1], found)
         self.history.append(row)
+        if args.noise_multiplier:
+            row["epsilon"] = epsilon(args.noise_multiplier, num_releases(self.history), args.target_delta)
         for site, reason in row["absent"].items():
             logger.warning("round %d: %s is left out: %s", round, site, reason)
-        self._log({"round": round, "train_loss": row["train_loss"], "update_norm": row["update_norm"]})
+        told = ("train_loss", "update_norm", "bytes_up", "epsilon")
+        self._log({"round": round, **{name: row[name] for name in told if name in row}})
         is_due = every and (round + 1) % every == 0 and round + 1 < args.num_rounds
-        if is_due and not self.algorithm.sends_model:
+        if is_due and not can_fuse:
             self._note_evaluation(row, evaluate_sites(self.algorithm, self.engine))
         if is_due and self.eval_dataset is not None:
             row["server"] = self._at_the_server()
@@ -211,11 +226,14 @@ class FederatedTrainer:
     def _at_the_server(self) -> dict[str, float]:
         if self.eval_dataset is None:
             return {}
-        self._load_into_model()
+        self.load_server_model()
         metrics = self.client.evaluate_on(self.eval_dataset)
         return {name.replace("eval_", "server_", 1): value for name, value in metrics.items()}
 
-    def _load_into_model(self) -> None:
+    def load_server_model(self) -> None:
+        """Has `model` be what the server holds; a site that trains in this process leaves its own there."""
+        if not self.algorithm.sites:
+            raise InputError("the server has no model yet: train it, or resume from a checkpoint")
         message = next(iter(self.algorithm.evaluation().values()))
         self.client.shared.load(message)
 
@@ -232,6 +250,12 @@ class FederatedTrainer:
 
     def _run(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in _OF_A_RUN}
+
+
+def _data_of(data: dict[str, Any], name: str) -> SiteData:
+    if callable(data[name]):
+        data[name] = _site_data(name, data[name]())
+    return data[name]
 
 
 def _site_data(name: str, given: Any) -> SiteData:

@@ -70,6 +70,11 @@ class FederatedDOMO(ServerAlgorithm):
         """Not where the start of a round is moved along the server's momentum."""
         return self.fusion_at == "step" or self.fusion == 0
 
+    @property
+    def needs_only_mean(self) -> bool:
+        """Not where the sites' momenta are averaged as well."""
+        return self.local_state != "average"
+
     def _memory(self, weights: Group) -> Groups:
         memory = {"server_momentum": wide_zeros(weights), "lr_sum": {"last": torch.zeros((), dtype=torch.float64)}}
         if self.local_state == "average":

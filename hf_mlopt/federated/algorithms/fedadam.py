@@ -26,6 +26,7 @@ class FedAdam(ServerAlgorithm):
     """
 
     name = "fedadam"
+    needs_only_mean = True
 
     def __init__(
         self,

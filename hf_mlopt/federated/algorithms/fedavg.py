@@ -16,6 +16,7 @@ class FedAvg(ServerAlgorithm):
     """
 
     name = "fedavg"
+    needs_only_mean = True
 
     def _step(self, replies: Mapping[str, Message], shares: dict[str, float]) -> Groups:
         weights = cast_like(self._mean(replies, shares, "weights"), self.groups["weights"])

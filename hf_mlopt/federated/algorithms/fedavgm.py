@@ -20,6 +20,7 @@ class FedAvgM(ServerAlgorithm):
     """
 
     name = "fedavgm"
+    needs_only_mean = True
 
     def __init__(self, server_momentum: float = 0.9, server_lr: float = 1.0, **options):
         super().__init__(**options)

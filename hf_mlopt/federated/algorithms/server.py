@@ -37,6 +37,8 @@ class ServerAlgorithm:
     name = ""
     # Whether sites start from the model that is evaluated, so that they can do so before they train.
     sends_model = True
+    # Whether a round needs no more of the replies than the mean of their groups, as a sum under masks gives it.
+    needs_only_mean = False
 
     def __init__(self, fraction: float = 1.0, min_sites: int = 1, weighting: str = "samples"):
         require("fraction", fraction, 0 < fraction <= 1, "must be above 0 and at most 1")
@@ -84,7 +86,9 @@ class ServerAlgorithm:
 
     def evaluation(self) -> dict[str, Message]:
         """What each site of the roster is sent to evaluate the model as it is now, with the scalars of `configure`."""
-        return {site: Message(self._evaluated(), {**self._address(site), **self._scalars(site)}) for site in self.sites}
+        return {
+            site: Message(self._evaluated(), {**self._address(site), **self._scalars(site)}) for site in self.sites
+        }
 
     def template(self, site: str) -> Message:
         """What the reply of a site must look like in this round; see [`check_reply`]."""
@@ -113,8 +117,43 @@ class ServerAlgorithm:
                 f"round {round}: {len(num_samples)} usable replies, {self.min_sites} are needed. "
                 + "; ".join(f"{site}: {reason}" for site, reason in reasons.items())
             )
-        before = self.groups["weights"]
         after = self._step(replies, sample_shares(num_samples, self.weighting))
+        return {
+            **self._ended(after, list(num_samples), sum(num_samples.values())),
+            "absent": absent,
+            "refused": refused,
+        }
+
+    def aggregate_mean(self, round: int, mean: Message, sites: list[str], num_samples: int) -> dict[str, Any]:
+        """
+        [`aggregate`] where only the mean of the replies is known; for algorithms with `needs_only_mean`.
+
+        Args:
+            round (`int`): The next one.
+            mean (`Message`): Σ p_k of the replies' groups and scalars, with the shares of `weighting`; float64.
+            sites (`list[str]`): Whose replies these were.
+            num_samples (`int`): Of all of them together.
+
+        Returns:
+            `dict`: As [`aggregate`].
+
+        Raises:
+            RuntimeError: As [`aggregate`].
+        """
+        self._require_round(round)
+        require("algorithm", self.name, self.needs_only_mean, "needs each reply by itself, not only their mean")
+        selected = self._selected()
+        if len(sites) < self.min_sites:
+            raise RuntimeError(f"round {round}: {len(sites)} usable replies, {self.min_sites} are needed")
+        if _layout_of(mean.groups) != _layout_of(self._replied()):
+            raise RuntimeError(f"round {round}: the mean does not look like a reply: {list(mean.groups)}")
+        after = self._step({"mean": mean}, {"mean": 1.0})
+        absent = [site for site in selected if site not in sites]
+        return {**self._ended(after, sites, num_samples), "absent": absent, "refused": {}}
+
+    def _ended(self, after: Groups, sites: list[str], num_samples: int) -> dict[str, Any]:
+        """Takes over the new groups, if they are finite."""
+        before, round = self.groups["weights"], self.round
         for group, tensors in after.items():
             for name, tensor in tensors.items():
                 if not tensor.isfinite().all():
@@ -122,16 +161,14 @@ class ServerAlgorithm:
                         f"round {round}: {name!r} of {group!r} would not be finite; lower the learning rates"
                     )
         self.groups = {**self.groups, **after}
-        self.last_rounds = {**self.last_rounds, **dict.fromkeys(num_samples, round)}
+        self.last_rounds = {**self.last_rounds, **dict.fromkeys(sites, round)}
         self.round += 1
         changes = (after["weights"][name].double() - weight.double() for name, weight in before.items())
         return {
             "round": round,
-            "num_sites": len(num_samples),
-            "num_samples": sum(num_samples.values()),
+            "num_sites": len(sites),
+            "num_samples": num_samples,
             "update_norm": sum(float(change.square().sum()) for change in changes) ** 0.5,
-            "absent": absent,
-            "refused": refused,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,6 +299,10 @@ def _clones(tensors: Group) -> dict[str, torch.Tensor]:
 
 def _shapes(groups: Mapping[str, Group]) -> dict[str, dict[str, tuple]]:
     return {group: {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} for group, tensors in groups.items()}
+
+
+def _layout_of(groups: Mapping[str, Group]) -> dict[str, dict[str, tuple]]:
+    return {group: {name: tuple(t.shape) for name, t in tensors.items()} for group, tensors in groups.items()}
 
 
 def _difference(groups: Mapping[str, Group], expected: Mapping[str, Group]) -> str:

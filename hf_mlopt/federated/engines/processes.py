@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 
-import dill
 import torch
 
 from hf_mlopt.federated.algorithms import Message
@@ -31,6 +30,8 @@ class ProcessEngine:
         self, names: Sequence[str], answer: Answer, num_workers: int, timeout: float | None = None, retries: int = 1
     ):
         self.names, self.timeout, self.retries = list(names), timeout, retries
+        import dill  # it comes with datasets, which only some machines have; for functions of a notebook
+
         self._answer = dill.dumps(answer, recurse=True)
         self._workers: list[_Worker | None] = [None] * min(num_workers, len(self.names))
 
@@ -119,6 +120,8 @@ class _Worker:
 
 
 def _serve(connection: Connection, pickled: bytes, num_threads: int) -> None:
+    import dill
+
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     torch.set_num_threads(num_threads)
     answer = dill.loads(pickled)
