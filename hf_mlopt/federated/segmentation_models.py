@@ -1,0 +1,113 @@
+"""Models of binary segmentation by name, their loss, and Dice."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_mlopt.errors import ConfigurationError, InputError
+
+
+EPS = 1e-6  # on both sides of the fraction, so that an empty prediction of an empty mask has Dice 1
+
+
+def dice_per_case(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """
+    `(2 |P ∩ M| + ε) / (|P| + |M| + ε)` with P where the logit is above 0.
+
+    Args:
+        logits (`torch.Tensor`): `[B, 1, ...]`, an image or a volume a case.
+        masks (`torch.Tensor`): 0 or 1, of the same shape.
+
+    Returns:
+        `torch.Tensor`: `[B]`, float64, in [0, 1].
+    """
+    _require_same_shape(logits, masks)
+    predicted, true = (logits > 0).flatten(1).double(), masks.flatten(1).double()
+    return (2 * (predicted * true).sum(1) + EPS) / (predicted.sum(1) + true.sum(1) + EPS)
+
+
+def dice_bce_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """
+    1 less the soft Dice of sigmoid(logits), mean over cases, plus the binary cross entropy, mean over pixels (nats).
+
+    Args:
+        logits (`torch.Tensor`): `[B, 1, ...]`.
+        masks (`torch.Tensor`): 0 or 1, of the same shape.
+    """
+    _require_same_shape(logits, masks)
+    masks = masks.to(logits.dtype)
+    predicted, true = torch.sigmoid(logits).flatten(1), masks.flatten(1)
+    dice = (2 * (predicted * true).sum(1) + EPS) / (predicted.sum(1) + true.sum(1) + EPS)
+    return 1 - dice.mean() + nn.functional.binary_cross_entropy_with_logits(logits, masks)
+
+
+class SegmentationModel(nn.Module):
+    """
+    A network for binary masks with the interface a Trainer expects.
+
+    Args:
+        name (`str`): `unet` (MONAI, extra `medical`) or `segformer`, of random weights.
+        num_channels (`int`, *optional*, defaults to 3): Of the images.
+        width (`int`, *optional*, defaults to 8): Channels of the U-Net's first level; for `segformer` twice as many.
+    """
+
+    def __init__(self, name: str, num_channels: int = 3, width: int = 8):
+        super().__init__()
+        if name not in _NETWORKS:
+            raise ConfigurationError("model", name, f"must be one of {', '.join(_NETWORKS)}")
+        for field, value in (("num_channels", num_channels), ("width", width)):
+            if type(value) is not int or value < 1:
+                raise ConfigurationError(field, value, "must be an int of at least 1")
+        self.options: dict[str, Any] = {"name": name, "num_channels": num_channels, "width": width}
+        self.network = _NETWORKS[name](num_channels, width)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """`logits` `[B, 1, H, W]` of images `[B, C, H, W]` in [0, 1], and `loss` where there are `labels`."""
+        logits = self.network(pixel_values)
+        logits = logits if isinstance(logits, torch.Tensor) else logits.logits
+        if logits.shape[2:] != pixel_values.shape[2:]:  # SegFormer predicts at a fraction of the resolution
+            logits = nn.functional.interpolate(logits, pixel_values.shape[2:], mode="bilinear", align_corners=False)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": dice_bce_loss(logits, labels), "logits": logits}
+
+
+def _unet(num_channels: int, width: int) -> nn.Module:
+    try:
+        from monai.networks.nets import UNet
+    except ImportError as error:
+        raise InputError("model='unet' needs MONAI; install the extra hf-mlopt[medical]") from error
+    return UNet(
+        spatial_dims=2,
+        in_channels=num_channels,
+        out_channels=1,
+        channels=(width, 2 * width, 4 * width),
+        strides=(2, 2),
+        num_res_units=1,
+        norm=("GROUP", {"num_groups": 1}),  # no buffers, and the last layer has a single channel
+    )
+
+
+def _segformer(num_channels: int, width: int) -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    config = SegformerConfig(
+        num_channels=num_channels,
+        num_labels=1,
+        hidden_sizes=[2 * width, 4 * width, 8 * width, 16 * width],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 2, 4],
+        decoder_hidden_size=8 * width,
+        patch_sizes=[7, 3, 3, 3],
+        strides=[2, 2, 2, 2],
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+_NETWORKS = {"unet": _unet, "segformer": _segformer}
+
+
+def _require_same_shape(logits: torch.Tensor, masks: torch.Tensor) -> None:
+    if logits.shape != masks.shape:
+        raise InputError(f"masks: shape {list(masks.shape)}; the logits have {list(logits.shape)}")
