@@ -3,6 +3,7 @@
 from hf_mlopt.data.calibration import CalibrationConfig, CalibrationSet, load_calibration
 from hf_mlopt.data.embedded import embedded_corpus
 from hf_mlopt.data.images import ImageData, image_dataset, load_images
+from hf_mlopt.data.labelled_text import LabelledText, load_labelled_text
 from hf_mlopt.data.overlap import overlap, sketch
 from hf_mlopt.data.shares import dirichlet_shares, label_sorted_shares
 from hf_mlopt.data.text import Corpus, load_text, open_corpus, tokenize_corpus
@@ -15,6 +16,7 @@ __all__ = [
     "CalibrationSet",
     "Corpus",
     "ImageData",
+    "LabelledText",
     "byte_tokenizer",
     "dirichlet_shares",
     "embedded_corpus",
@@ -22,6 +24,7 @@ __all__ = [
     "label_sorted_shares",
     "load_calibration",
     "load_images",
+    "load_labelled_text",
     "load_text",
     "open_corpus",
     "overlap",

@@ -73,11 +73,11 @@ def open_corpus(source: str, split: str = "train", seed: int | None = None) -> C
     elif path.suffix == ".txt":
         documents, provenance = [_read_text(path)], {"source": path.name}
     elif suffix in _BUILDERS:
-        return _open_rows(_load_local(path, _BUILDERS[suffix]), {"source": path.name}, seed)
+        return _open_rows(load_local(path, _BUILDERS[suffix]), {"source": path.name}, seed)
     elif path.exists():
         raise InputError(f"{source}: not a text source; give a file that ends in {_FORMATS}")
     else:
-        dataset, provenance = _load_hub(source, split, streaming=seed is not None)
+        dataset, provenance = load_hub(source, split, streaming=seed is not None)
         return _open_rows(dataset, provenance, seed)
     if seed is not None:
         random.Random(seed).shuffle(documents)
@@ -138,7 +138,8 @@ def _require_file(path: Path) -> None:
         raise InputError(f"{path}: no such file")
 
 
-def _load_local(path: Path, builder: str) -> "datasets.Dataset":
+def load_local(path: Path, builder: str) -> "datasets.Dataset":
+    """All rows of a local file, by a builder of `datasets`; an `InputError` where it cannot be read."""
     from datasets import load_dataset
 
     _require_file(path)
@@ -150,7 +151,8 @@ def _load_local(path: Path, builder: str) -> "datasets.Dataset":
         raise InputError(f"{path}: cannot be read as {builder} ({_reason(error)})") from error
 
 
-def _load_hub(source: str, split: str, streaming: bool) -> tuple["datasets.Dataset | datasets.IterableDataset", dict]:
+def load_hub(source: str, split: str, streaming: bool) -> tuple["datasets.Dataset | datasets.IterableDataset", dict]:
+    """A split on the Hub and the record of it; an `InputError` where the Hub gives none."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
 

@@ -55,7 +55,7 @@ def _check_places(recipe: TrainRecipe) -> str | None:
             recipe.output_dir,
             "is not empty; name a new directory, or go on with the run in it: --resume-from-checkpoint true",
         )
-    for folder in (output, _plot_path(recipe).resolve().parent):
+    for folder in (output, plot_path(recipe).resolve().parent):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigurationError("output_dir", recipe.output_dir, f"cannot write in {existing}")
@@ -81,7 +81,7 @@ def _resumed(recipe: TrainRecipe) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _plot_path(recipe: TrainRecipe) -> Path:
+def plot_path(recipe: TrainRecipe) -> Path:
     return Path(recipe.output_dir) / "curves.png" if recipe.plot in (True, False) else Path(recipe.plot)
 
 
@@ -118,7 +118,7 @@ def train(recipe: TrainRecipe) -> tuple[dict, Path]:
         eval_dataset=data.evaluation,
         data_collator=default_data_collator,
         processing_class=data.tokenizer,
-        **({} if is_text else {"compute_metrics": _accuracy, "preprocess_logits_for_metrics": _choices}),
+        **({} if is_text else {"compute_metrics": accuracy, "preprocess_logits_for_metrics": choices}),
     )
     _announce(recipe, trainer)
     started = time.perf_counter()
@@ -136,7 +136,7 @@ def train(recipe: TrainRecipe) -> tuple[dict, Path]:
             from hf_mlopt.pipeline.timeline import plot_timeline
 
             title = f"{results['model']}, {results['pipeline']['mode']}"
-            plot_timeline(timeline, _plot_path(recipe).with_name("timeline.png"), title)
+            plot_timeline(timeline, plot_path(recipe).with_name("timeline.png"), title)
     trainer.save_model()  # pushes the whole directory where it is to be pushed
     if recipe.pipeline:
         trainer.close()
@@ -181,11 +181,13 @@ def _at_every_point(trainer: "MLOptTrainer") -> dict[str, float]:
     return losses
 
 
-def _choices(logits, labels):
+def choices(logits, labels):
+    """What `compute_metrics` gets in place of logits: the class with the largest."""
     return logits.argmax(-1)
 
 
-def _accuracy(prediction) -> dict[str, float]:
+def accuracy(prediction) -> dict[str, float]:
+    """Share of the rows whose class is right."""
     return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
 
 
@@ -197,7 +199,7 @@ def _optimizer(recipe: TrainRecipe) -> dict:
 
 def _results(recipe: TrainRecipe, trainer: "MLOptTrainer", data, metrics: dict, seconds: float) -> dict:
     metric = "eval_perplexity" if recipe.task == "causal-lm" else "eval_accuracy"
-    found = {name: _finite(value) for name, value in _with_perplexity(metrics, recipe.task).items()}
+    found = {name: finite(value) for name, value in _with_perplexity(metrics, recipe.task).items()}
     if found[metric] is None or found["eval_loss"] is None:
         logger.warning("what the held-out data give is not a finite number: lower learning_rate")
     return {
@@ -219,7 +221,7 @@ def _results(recipe: TrainRecipe, trainer: "MLOptTrainer", data, metrics: dict, 
         "data": data.record,
         "environment": environment(),
         "log": [
-            {name: _finite(value) for name, value in _with_perplexity(row, recipe.task).items()}
+            {name: finite(value) for name, value in _with_perplexity(row, recipe.task).items()}
             for row in trainer.state.log_history
             if "loss" in row or "eval_loss" in row
         ],
@@ -233,7 +235,7 @@ def _with_perplexity(row: dict, task: str) -> dict:
     return row | {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
-def _finite(value):
+def finite(value):
     """JSON has no numbers for the others."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -247,6 +249,6 @@ def _write(recipe: TrainRecipe, results: dict, output: Path) -> None:
     if recipe.plot is not False:
         from hf_mlopt.workflows.train_plot import plot_training
 
-        path = _plot_path(recipe)
+        path = plot_path(recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
         plot_training(results, path, f"{results['model']}, {results['optimizer']['name']}")

@@ -74,16 +74,17 @@ def load_text_data(recipe, checkpoint: Checkpoint | None) -> TrainData:
     Raises:
         InputError: If a text cannot be read or is shorter than a window, or there is no tokenizer.
     """
-    documents, source = _text("dataset", recipe.dataset, "train")
+    documents, source = read_text("dataset", recipe.dataset, "train")
     if recipe.eval_dataset:
-        held_out, eval_source = _text("eval_dataset", recipe.eval_dataset, "test")
+        held_out, eval_source = read_text("eval_dataset", recipe.eval_dataset, "test")
     else:
-        documents, held_out, eval_source = _held_out(recipe, documents)
-    tokenizer = _tokenizer(recipe, checkpoint, documents)
+        documents, held_out, eval_source = held_out_text(recipe, documents)
+    tokenizer = recipe_tokenizer(recipe, checkpoint, documents)
     names = ("dataset", "eval_dataset" if recipe.eval_dataset else "dataset")
     token_ids = [tokenize_corpus(text, tokenizer) for text in (documents, held_out)]
     windows = [
-        _windows(recipe, name, ids, what) for name, ids, what in zip(names, token_ids, ("", "held-out "), strict=True)
+        recipe_windows(recipe, name, ids, what)
+        for name, ids, what in zip(names, token_ids, ("", "held-out "), strict=True)
     ]
     record = {
         "train": source | {"tokens": len(token_ids[0]), "windows": len(windows[0])},
@@ -104,16 +105,16 @@ def load_image_data(recipe) -> TrainData:
     Raises:
         InputError: If images cannot be read, or those to evaluate on have another shape or other labels.
     """
-    train = _images("dataset", recipe.dataset, None if recipe.eval_dataset else "train")
-    evaluation = _images("eval_dataset", recipe.eval_dataset, None) if recipe.eval_dataset else None
+    train = read_images("dataset", recipe.dataset, None if recipe.eval_dataset else "train")
+    evaluation = read_images("eval_dataset", recipe.eval_dataset, None) if recipe.eval_dataset else None
     if evaluation is None:
-        evaluation = _images("dataset", recipe.dataset, "test")
+        evaluation = read_images("dataset", recipe.dataset, "test")
     for what in ("label_names", "num_classes"):
         if getattr(train, what) != getattr(evaluation, what):
             raise ConfigurationError("eval_dataset", recipe.eval_dataset, f"has other {what} than {recipe.dataset}")
     if recipe.image_size:
         for data in (train, evaluation):
-            data.images = _resized(data.images, recipe.image_size)
+            data.images = resized(data.images, recipe.image_size)
     if train.images.shape[1:] != evaluation.images.shape[1:]:
         raise ConfigurationError(
             "eval_dataset",
@@ -133,7 +134,8 @@ def load_image_data(recipe) -> TrainData:
     )
 
 
-def _text(name: str, source: str, split: str) -> tuple[list[str], dict]:
+def read_text(name: str, source: str, split: str) -> tuple[list[str], dict]:
+    """Documents of a source and the record of it; errors name the field it stands in."""
     try:
         return load_text(source, split)
     except InputError as error:  # it says what the options of other verbs are called
@@ -141,7 +143,7 @@ def _text(name: str, source: str, split: str) -> tuple[list[str], dict]:
         raise ConfigurationError(name, source, text.replace("--calibration embedded", "--dataset embedded")) from error
 
 
-def _held_out(recipe, documents: list[str]) -> tuple[list[str], list[str], dict]:
+def held_out_text(recipe, documents: list[str]) -> tuple[list[str], list[str], dict]:
     """The documents left for training, those to evaluate on, and where the latter came from."""
     if not is_text_file(recipe.dataset):
         for split in ("test",) if recipe.dataset == "embedded" else ("test", "validation"):
@@ -154,7 +156,8 @@ def _held_out(recipe, documents: list[str]) -> tuple[list[str], list[str], dict]
     return [text[:cut]], [text[cut:]], {"source": "the last tenth of the training text"}
 
 
-def _tokenizer(recipe, checkpoint: Checkpoint | None, documents: list[str]) -> "PreTrainedTokenizerBase":
+def recipe_tokenizer(recipe, checkpoint: Checkpoint | None, documents: list[str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer a recipe names, trained on `documents` where it says so."""
     if recipe.tokenizer is None and checkpoint is not None:
         tokenizer = load_tokenizer(checkpoint)
         if tokenizer is None:
@@ -178,7 +181,8 @@ def _tokenizer(recipe, checkpoint: Checkpoint | None, documents: list[str]) -> "
     return tokenizer
 
 
-def _windows(recipe, name: str, token_ids, what: str):
+def recipe_windows(recipe, name: str, token_ids, what: str):
+    """Windows of the length a recipe says; errors name the field the text stands in."""
     try:
         return token_windows(token_ids, recipe.sequence_length)
     except InputError as error:
@@ -189,14 +193,15 @@ def _windows(recipe, name: str, token_ids, what: str):
         ) from error
 
 
-def _images(name: str, source: str, split: str | None) -> "ImageData":
+def read_images(name: str, source: str, split: str | None) -> "ImageData":
+    """Images of a source; errors name the field it stands in."""
     try:
         return load_images(source, split, _SPLIT_SEED)
     except InputError as error:
         raise ConfigurationError(name, source, str(error).removeprefix(f"{source}: ")) from error
 
 
-def _resized(images, size: int):
+def resized(images, size: int):
     """Images `[images, channels, height, width]` with both sides of one size, bilinear and antialiased."""
     import torch
     from torch.nn.functional import interpolate

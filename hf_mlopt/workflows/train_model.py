@@ -31,7 +31,11 @@ def check_model_type(task: str, model_type: str) -> None:
         raise ConfigurationError("model_type", model_type, f"is no {task} architecture of transformers; {hint}")
 
 
-_EXAMPLES = {"causal-lm": ("word_lm", "gpt2", "llama"), "image-classification": ("vit", "resnet", "convnext")}
+_EXAMPLES = {
+    "causal-lm": ("word_lm", "gpt2", "llama"),
+    "image-classification": ("vit", "resnet", "convnext"),
+    "text-classification": ("bert", "distilbert", "roberta"),
+}
 
 
 def _model_types(task: str) -> list[str]:
@@ -39,6 +43,8 @@ def _model_types(task: str) -> list[str]:
 
     if task == "image-classification":
         return list(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    if task == "text-classification":
+        return list(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
     return ["word_lm", *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
 
@@ -62,7 +68,7 @@ def load_config(recipe, checkpoint: Checkpoint | None) -> "PreTrainedConfig":
     else:
         config = _new_config(recipe.model_type, recipe.model_config or {})
     context = context_length(config)
-    if recipe.task == "causal-lm" and context is not None and recipe.sequence_length > context:
+    if recipe.task != "image-classification" and context is not None and recipe.sequence_length > context:
         remedy = f"is more than the {context} tokens of the model's context; lower it"
         remedy += "" if checkpoint else ", or set max_position_embeddings in model_config"
         raise ConfigurationError("sequence_length", recipe.sequence_length, remedy)
@@ -108,15 +114,33 @@ def build_model(recipe, checkpoint: Checkpoint | None, config: "PreTrainedConfig
     if recipe.task == "causal-lm":
         _fit_to_text(recipe, config, data.tokenizer, from_scratch=checkpoint is None)
         return load_model(checkpoint).float() if checkpoint else _from_config("AutoModelForCausalLM", recipe, config)
+    if recipe.task == "text-classification":
+        _fit_to_text(recipe, config, data.tokenizer, from_scratch=checkpoint is None)
+        _name_labels(config, data)
+        return _classifier("AutoModelForSequenceClassification", recipe, checkpoint, config)
     _fit_to_images(recipe, config, data, from_scratch=checkpoint is None)
+    _name_labels(config, data)
+    return _classifier("AutoModelForImageClassification", recipe, checkpoint, config)
+
+
+def _classifier(auto_class: str, recipe, checkpoint: Checkpoint | None, config: "PreTrainedConfig"):
     if checkpoint is None:
-        return _from_config("AutoModelForImageClassification", recipe, config)
-    from transformers import AutoModelForImageClassification
+        return _from_config(auto_class, recipe, config)
+    import transformers
 
     with architecture_errors(checkpoint):
-        return AutoModelForImageClassification.from_pretrained(
-            checkpoint.name, revision=checkpoint.revision, config=config, ignore_mismatched_sizes=True
-        ).float()
+        return (
+            getattr(transformers, auto_class)
+            .from_pretrained(
+                checkpoint.name, revision=checkpoint.revision, config=config, ignore_mismatched_sizes=True
+            )
+            .float()
+        )
+
+
+def _name_labels(config: "PreTrainedConfig", data: TrainData) -> None:
+    config.id2label = dict(enumerate(data.label_names))
+    config.label2id = {name: index for index, name in enumerate(data.label_names)}
 
 
 def _fit_to_text(recipe, config, tokenizer, from_scratch: bool) -> None:
@@ -155,8 +179,6 @@ def _fit_to_images(recipe, config, data: TrainData, from_scratch: bool) -> None:
         raise ConfigurationError(
             "model_config.patch_size", patch, f"must divide the {height} pixels of an image; set it in model_config"
         )
-    config.id2label = dict(enumerate(data.label_names))
-    config.label2id = {name: index for index, name in enumerate(data.label_names)}
 
 
 def _from_config(auto_class: str, recipe, config) -> "PreTrainedModel":

@@ -82,10 +82,12 @@ class TrainRecipe(PipelineTrainingArguments):
         self.given = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in _NOT_WRITTEN and getattr(self, field.name) != _default(field)
+            if field.name not in _NOT_WRITTEN and getattr(self, field.name) != default_of(field)
         }
-        _check_numbers(self)
-        _check_model(self)
+        check_numbers(self)
+        if self.max_steps < 1 and not self.num_train_epochs > 0:
+            raise ConfigurationError("num_train_epochs", self.num_train_epochs, "must be above 0, or set max_steps")
+        check_model(self)
         _check_data(self)
         if self.plot not in (True, False) and Path(self.plot).suffix != ".png":
             raise ConfigurationError("plot", self.plot, "must end in .png, or be true or false")
@@ -103,7 +105,7 @@ class TrainRecipe(PipelineTrainingArguments):
                 int(os.environ["WORLD_SIZE"]),
                 f"were started, {self.world_size} have found one another",
             )
-        _check_optimizer(self)
+        refuse_bad_optimizer(self)
 
     @property
     def processes(self) -> int:
@@ -111,11 +113,13 @@ class TrainRecipe(PipelineTrainingArguments):
         return self.world_size if launched() else self.num_processes or self.world_size
 
 
-def _default(field: Field):
+def default_of(field: Field):
+    """What a field of a dataclass is where nothing is given."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _check_numbers(recipe: TrainRecipe) -> None:
+def check_numbers(recipe) -> None:
+    """Refuses numbers of a recipe, of this verb or a related one, that are out of range."""
     for name, least in (
         ("per_device_train_batch_size", 1),
         ("per_device_eval_batch_size", 1),
@@ -130,11 +134,10 @@ def _check_numbers(recipe: TrainRecipe) -> None:
         value = getattr(recipe, name)
         if value is not None and not least <= value < math.inf:
             raise ConfigurationError(name, value, f"must be at least {least} and finite")
-    if recipe.max_steps < 1 and not recipe.num_train_epochs > 0:
-        raise ConfigurationError("num_train_epochs", recipe.num_train_epochs, "must be above 0, or set max_steps")
 
 
-def _check_model(recipe: TrainRecipe) -> None:
+def check_model(recipe) -> None:
+    """Refuses what does not name one model; a language model that is not named is `word_lm`."""
     if recipe.model:
         for name in ("model_type", "model_config"):
             if getattr(recipe, name) is not None:
@@ -179,7 +182,7 @@ def _check_data(recipe: TrainRecipe) -> None:
         )
 
 
-def _check_optimizer(recipe: TrainRecipe) -> None:
+def refuse_bad_optimizer(recipe) -> None:
     """Has the optimizer see its keywords before any data are read."""
     if recipe.mlopt_optim is None:
         return
