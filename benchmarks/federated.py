@@ -14,10 +14,11 @@ Rates are tuned over three values on one seed by 1,000 held-out training images,
 """
 
 import argparse
-import time
 
 from common import SHARED, Results
-from federated_quality import TASKS, quality
+from federated_costs import overhead, peers, scale
+from federated_quality import METHODS, TASKS, quality
+from transformers.utils import logging
 
 
 PARTS = ("overhead", "scale", "peers", "quality")
@@ -29,19 +30,26 @@ def main() -> None:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--workers", type=int, default=2, help="Processes for the runs of quality.")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seconds", type=float, help="Stop taking up runs of quality after so long.")
+    parser.add_argument("--cpu", action="store_true", help="Leave a GPU alone.")
+    parser.add_argument("--resume", action="store_true", help="Keep the runs of quality that have a row.")
+    parser.add_argument("--name", default="federated", help="Of the file of results.")
     args = parser.parse_args()
     suffix = "_short" if args.short else ""
     command = f"python benchmarks/federated.py --parts {' '.join(args.parts)}" + (" --short" if args.short else "")
-    results = Results(f"federated{suffix}", command)
-    kinds = {part: {part} for part in PARTS} | {"quality": {"quality", "quality summary"}}
+    results = Results(args.name + suffix, command)
+    kinds = {part: {part} for part in PARTS} | {"quality": {"quality summary", *(() if args.resume else ("quality",))}}
     results.keep_others(set().union(*(kinds[part] for part in args.parts)))
+    logging.set_verbosity_error()
+    for part, measure in (("overhead", overhead), ("scale", scale), ("peers", peers)):
+        if part in args.parts:
+            measure(results, args.short)
     if "quality" in args.parts:
-        if not SHARED.is_dir():
-            print(f"not run: quality, {SHARED} is not there")
+        if SHARED.is_dir():
+            quality(results, args)
         else:
-            until = None if args.seconds is None else time.time() + args.seconds
-            quality(results, args.short, args.workers, args.tasks, until)
+            print(f"not run: quality, {SHARED} is not there")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ SITES, SEEDS = 10, (0, 1, 2)
 RATES = (0.01, 0.03, 0.1)
 # L: momentum of the sites, S: of the server, Z: the sites' begins every round at zero.
 METHODS = {
-    "FedAvg": ("fedavg", {}, {}),
-    "FedAvgLM": ("fedavg-lm", {}, {}),
-    "FedAvgLM-Z": ("fedavg-lm-z", {}, {}),
-    "FedAvgSM": ("fedavg-sm", {}, {}),
-    "FedAvgSLM": ("fedavg-slm", {}, {}),
-    "FedAvgSLM-Z": ("fedavg-slm-z", {}, {}),
-    "DOMO": ("domo", {"fusion": 0.3}, {}),
-    "DOMO-S": ("domo-s", {"fusion": 0.3}, {}),
-    "SCAFFOLD": ("scaffold", {}, {}),
+    "FedAvg": ("fedavg", {}),
+    "FedAvgLM": ("fedavg-lm", {}),
+    "FedAvgLM-Z": ("fedavg-lm-z", {}),
+    "FedAvgSM": ("fedavg-sm", {}),
+    "FedAvgSLM": ("fedavg-slm", {}),
+    "FedAvgSLM-Z": ("fedavg-slm-z", {}),
+    "DOMO": ("domo", {"fusion": 0.3}),
+    "DOMO-S": ("domo-s", {"fusion": 0.3}),
+    "SCAFFOLD": ("scaffold", {}),
 }
 # Task: rounds, local steps, and how the images are dealt.
 TASKS = {
@@ -101,7 +101,7 @@ def run(task: str, method: str, rate: float, seed: int, short: bool, use_cpu: bo
     train, validation, test = load(task, short)
     deal = label_sorted_shares if partition == "label-sorted" else dirichlet_shares
     shares = deal(train.labels, SITES, strength, 0)
-    algorithm, options, _ = METHODS[method]
+    algorithm, options = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         args = FederatedTrainingArguments(
             folder,
@@ -136,7 +136,7 @@ def run(task: str, method: str, rate: float, seed: int, short: bool, use_cpu: bo
         own = trainer.client.evaluate_on(image_dataset(validation))["eval_accuracy"]
     traffic = sum(row["bytes_up"] + row["bytes_down"] for row in trainer.history)
     return {
-        "accuracies": recorder.found,
+        "accuracies": {str(round): found for round, found in recorder.found.items()},
         "validation": own,
         "megabytes": traffic / 1e6,
         "seconds": time.perf_counter() - started,
@@ -164,26 +164,46 @@ def _recorder_class():
 _Recorder = _recorder_class()
 
 
-def quality(results: Results, short: bool, workers: int, tasks: list[str], until: float | None) -> None:
-    """Tunes every method on one seed, then runs the best rate on the others; a row for each run as it ends."""
+def quality(results: Results, options) -> None:
+    """
+    Tunes every method on one seed, then runs the best rate on the others; a row for each run as it ends.
+
+    Args:
+        results (`Results`): Runs that have a row are not run again.
+        options (`argparse.Namespace`): `short`, `workers`, `tasks`, `methods`, `seconds`, `cpu`.
+    """
     import torch
 
-    use_cpu = not torch.cuda.is_available()
-    methods = ("FedAvg", "DOMO") if short else tuple(METHODS)
-    rates, seeds = (RATES[:2], SEEDS[:1]) if short else (RATES, SEEDS)
+    use_cpu = options.cpu or not torch.cuda.is_available()
+    methods = ("FedAvg", "DOMO") if options.short else tuple(options.methods)
+    rates, seeds = (RATES[:2], SEEDS[:1]) if options.short else (RATES, SEEDS)
+    until = None if options.seconds is None else time.time() + options.seconds
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for task in tasks:
-            pending = [(task, method, rate, seeds[0]) for method in methods for rate in rates]
-            tuning: dict[str, list] = {}
-            for job, found in _finished(pool, pending, short, use_cpu, until):
-                results.add(kind="quality", task=job[0], method=job[1], rate=job[2], seed=job[3], **found)
-                tuning.setdefault(job[1], []).append((found["validation"], job[2]))
-            best = {method: max(tried)[1] for method, tried in tuning.items()}
-            pending = [(task, method, rate, seed) for method, rate in best.items() for seed in seeds[1:]]
-            for job, found in _finished(pool, pending, short, use_cpu, until):
-                results.add(kind="quality", task=job[0], method=job[1], rate=job[2], seed=job[3], **found)
-    summarise(results, methods)
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        for task in options.tasks:
+            jobs = [(task, method, rate, seeds[0]) for method in methods for rate in rates]
+            _run_all(pool, jobs, results, options.short, use_cpu, until)
+            tuned = _tuned(results, task)
+            jobs = [(task, method, tuned[method], seed) for method in methods if method in tuned for seed in seeds[1:]]
+            _run_all(pool, jobs, results, options.short, use_cpu, until)
+    summarise(results)
+
+
+def _run_all(pool, jobs: list[tuple], results: Results, short: bool, use_cpu: bool, until: float | None) -> None:
+    done = {_job(row) for row in results.record["rows"] if row["kind"] == "quality"}
+    for job, found in _finished(pool, [job for job in jobs if job not in done], short, use_cpu, until):
+        results.add(kind="quality", **dict(zip(("task", "method", "rate", "seed"), job, strict=True)), **found)
+
+
+def _job(row: dict) -> tuple:
+    return row["task"], row["method"], row["rate"], row["seed"]
+
+
+def _tuned(results: Results, task: str) -> dict[str, float]:
+    """Method to the rate that is best by the images held out, on the first seed."""
+    rows = [row for row in results.record["rows"] if row["kind"] == "quality" and row["task"] == task]
+    first = sorted((row["validation"], row["rate"], row["method"]) for row in rows if row["seed"] == SEEDS[0])
+    return {method: rate for _, rate, method in first}
 
 
 def _finished(pool, pending: list, short: bool, use_cpu: bool, until: float | None) -> Iterator[tuple]:
@@ -203,23 +223,17 @@ def _finished(pool, pending: list, short: bool, use_cpu: bool, until: float | No
             print(f"not run: {job}", flush=True)
 
 
-def summarise(results: Results, methods: tuple[str, ...]) -> None:
+def summarise(results: Results) -> None:
     """Mean and standard deviation over seeds at each method's best rate, as rows of their own."""
     measured = [row for row in results.record["rows"] if row["kind"] == "quality"]
+    results.record["rows"] = [row for row in results.record["rows"] if row["kind"] != "quality summary"]
     for task in dict.fromkeys(row["task"] for row in measured):
-        for method in methods:
-            of_method = [row for row in measured if (row["task"], row["method"]) == (task, method)]
-            if not of_method:
-                continue
-            first = [row for row in of_method if row["seed"] == SEEDS[0]]
-            rate = max(first, key=lambda row: row["validation"])["rate"]
-            chosen = [row["accuracies"] for row in of_method if row["rate"] == rate]
+        for method, rate in sorted(_tuned(results, task).items()):
+            chosen = [row for row in measured if (row["task"], row["method"], row["rate"]) == (task, method, rate)]
             table = {}
-            for number in chosen[0]:
-                values = [accuracies[number] for accuracies in chosen]
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                table[str(number)] = [statistics.mean(values), spread]
-            megabytes = next(row["megabytes"] for row in of_method)
+            for number in chosen[0]["accuracies"]:
+                values = [row["accuracies"][number] for row in chosen]
+                table[str(number)] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
             results.add(
                 kind="quality summary",
                 task=task,
@@ -227,5 +241,5 @@ def summarise(results: Results, methods: tuple[str, ...]) -> None:
                 rate=rate,
                 seeds=len(chosen),
                 accuracy=table,
-                megabytes=megabytes,
+                megabytes=chosen[0]["megabytes"],
             )

@@ -9,6 +9,8 @@ _PUBLIC = {
     "DOMO": "hf_mlopt.optimizers",
     "DistillationArguments": "hf_mlopt.distillation",
     "ExpertDistillationTrainer": "hf_mlopt.distillation",
+    "FederatedTrainer": "hf_mlopt.federated",
+    "FederatedTrainingArguments": "hf_mlopt.federated",
     "LayerwiseConfig": "hf_mlopt.distillation",
     "MLOptTrainer": "hf_mlopt.training",
     "MLOptTrainingArguments": "hf_mlopt.training",

@@ -31,6 +31,8 @@ PUBLIC_NAMES = [
     "DOMO",
     "DistillationArguments",
     "ExpertDistillationTrainer",
+    "FederatedTrainer",
+    "FederatedTrainingArguments",
     "LayerwiseConfig",
     "MLOptTrainer",
     "MLOptTrainingArguments",
