@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms import Message
 from hf_mlopt.federated.algorithms.averaging import site_seed
-from hf_mlopt.federated.storage import load_message
+from hf_mlopt.federated.client import FederatedClient
+from hf_mlopt.federated.storage import SiteStore, load_message
 from tests.federations import (
     ETA,
     NET_SITES,
@@ -22,6 +23,7 @@ from tests.federations import (
     START,
     STEPS,
     Net,
+    arguments,
     asked_twice,
     digests,
     federation,
@@ -342,6 +344,23 @@ def test_mixed_precision_wraps_the_model_no_more_with_every_round(tmp_path):
     assert row["digest"] != exact["digest"] and row["train_loss"] == pytest.approx(exact["train_loss"], rel=0.1)
 
 
+class SeesAutocast(Net):
+    seen = []
+
+    def forward(self, x, labels):
+        self.seen.append(torch.is_autocast_enabled("cpu"))
+        return super().forward(x, labels)
+
+
+def test_every_site_and_round_trains_and_evaluates_in_mixed_precision(tmp_path):
+    """Accelerate marks a model that it has prepared, and leaves a marked one as it is."""
+    SeesAutocast.seen.clear()
+    net_federation(
+        tmp_path, model_init=functools.partial(SeesAutocast, 0), bf16=True, per_device_eval_batch_size=64
+    ).train()
+    assert len(SeesAutocast.seen) == 4 * (3 * 2 + 3) and all(SeesAutocast.seen)
+
+
 class Fails(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         raise OSError("the disk is full")
@@ -601,3 +620,21 @@ def test_a_site_logs_to_a_file_of_its_own(tmp_path):
     rows = [json.loads(line) for line in lines]
     losses = [(row["round"], row["step"]) for row in rows if "loss" in row]
     assert losses == [(r, step) for r in range(3) for step in (1, 2)]
+
+
+def test_vocabularies_of_one_size_are_told_apart(tmp_path):
+    class Tokenizer:
+        def __init__(self, *words):
+            self.words = words
+
+        def get_vocab(self):
+            return {word: number for number, word in enumerate(self.words)}
+
+    def digest(*words):
+        args = arguments(tmp_path)
+        kwargs = {"processing_class": Tokenizer(*words)} if words else {}
+        client = FederatedClient(args, Net, lambda site: None, SiteStore(tmp_path), trainer_kwargs=kwargs)
+        return client.description()["vocabulary"]
+
+    assert digest("a", "b") == digest("a", "b") != digest("b", "a")
+    assert digest() == ""

@@ -1,4 +1,4 @@
-"""Our loop on Flower's `Grid`, without any process of Flower's; `make test-flower` installs it beside the rest."""
+"""Our loop on Flower's `Grid`, without any process of Flower's."""
 
 import re
 import time
@@ -6,24 +6,19 @@ import time
 import flower_toy
 import pytest
 import torch
+from flwr.app import ConfigRecord, Context, Error, RecordDict
+from flwr.app import Message as Envelope
+from flwr.supercore.task_identity import TaskIdentity
 from test_federated_resident import odd_message
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms import Message
 from hf_mlopt.federated.engines.base import Exchanged
+from hf_mlopt.federated.engines.flower import FlowerEngine
+from hf_mlopt.federated.engines.flower_app import client_app
+from hf_mlopt.federated.engines.flower_records import from_flat, to_flat
 from hf_mlopt.federated.engines.in_process import InProcessEngine
 from hf_mlopt.federated.engines.site import pack, unpack
-
-
-pytest.importorskip("flwr", reason="Flower has an environment of its own: make test-flower")
-
-from flwr.app import ConfigRecord, Context, Error, RecordDict  # noqa: E402
-from flwr.app import Message as Envelope  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
-
-from hf_mlopt.federated.engines.flower import FlowerEngine  # noqa: E402
-from hf_mlopt.federated.engines.flower_app import client_app  # noqa: E402
-from hf_mlopt.federated.engines.flower_records import from_flat, to_flat  # noqa: E402
 
 
 RUN = {"application": "flower_toy"}

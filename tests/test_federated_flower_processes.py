@@ -19,8 +19,6 @@ from hf_mlopt.federated.engines.flower_runs import Link, environment, submit, wr
 from hf_mlopt.federated.engines.in_process import InProcessEngine
 
 
-pytest.importorskip("flwr", reason="Flower has an environment of its own: make test-flower")
-
 pytestmark = pytest.mark.slow
 SITES = ["hosp0", "hosp1"]
 SECONDS = 240  # a run that hangs

@@ -16,7 +16,7 @@ from hf_mlopt.federated.algorithms import ALGORITHMS, FedAvg, FedAvgM, Message, 
 from hf_mlopt.federated.algorithms.message import DTYPES
 
 
-OPTIONS = {"fedbn": {"local_names": ["bias"]}, "domo": {"local_state": "average"}}
+OPTIONS = {"fedbn": {"local_names": ["bias"]}, "domo": {"local_state": "average"}, "fedsm": {"selector": "none"}}
 
 
 def example():

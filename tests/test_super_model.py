@@ -119,7 +119,7 @@ def test_what_was_saved_predicts_the_same_in_another_process(images, tmp_path):
     for selector, model in models.items():
         model.save_pretrained(tmp_path / selector)
         files = sorted(file.name for file in (tmp_path / selector).iterdir())
-        assert files == ["config.json", "model.safetensors"]
+        assert files == ["README.md", "config.json", "model.safetensors"]
     torch.save(images, tmp_path / "images.pt")
     command = [sys.executable, "-c", READ, tmp_path, *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)

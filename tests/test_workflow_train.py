@@ -16,7 +16,7 @@ from hf_mlopt.configuration import add_arguments, arguments_given, load_config
 from hf_mlopt.data import load_images
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.workflows.launch import as_words, check_num_processes
-from hf_mlopt.workflows.train_data import _held_out
+from hf_mlopt.workflows.train_data import held_out_text
 from hf_mlopt.workflows.train_recipe import TrainRecipe
 
 
@@ -314,7 +314,7 @@ def test_the_held_out_text_is_the_end_and_is_not_trained_on():
         dataset = "any.txt"
 
     for documents in ["ab\n" * 100], ["ab"] * 100, ["x" * 1000]:
-        train, held_out, _ = _held_out(Recipe, documents)
+        train, held_out, _ = held_out_text(Recipe, documents)
         assert "\n\n".join(documents) == train[0] + held_out[0]
         assert 0.08 < len(held_out[0]) / len(train[0] + held_out[0]) < 0.13
 

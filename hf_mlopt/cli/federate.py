@@ -25,24 +25,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     from hf_mlopt.federated import RoundFailed
     from hf_mlopt.workflows.federate import federate, site_rows
+    from hf_mlopt.workflows.federate_flower import federate_on_flower
     from hf_mlopt.workflows.federate_recipe import FederateRecipe
 
     recipe = load_config(FederateRecipe, args.recipe, arguments_given(args, FederateRecipe))
     try:
-        results, output = federate(recipe)
+        results, output = federate(recipe) if recipe.engine == "in-process" else federate_on_flower(recipe)
     except RoundFailed as error:
         print(f"hf-mlopt federate: {error}", file=sys.stderr)
         return 1
+    if results is None:
+        print(f"the machine of the SuperLink has written model and federated_results.json to {output}")
+        return None
     print("\n".join(table(site_rows(results))))
     for name, value in {**results["evaluation"], **(results["server"] or {})}.items():
         print(f"{name} {value:.4g}")
+    if "segmentation" in results:
+        print("\n".join(_dice_lines(results["segmentation"])))
     megabytes = (results["bytes_down"] + results["bytes_up"]) / 1e6
     print(
         f"{len(results['rounds'])} rounds in {results['seconds']:.0f} s, {megabytes:.1f} MB between server and sites"
     )
-    picture = ", curves.png" if recipe.plot else ""
-    print(f"written to {output}: model, recipe.yaml, federated_results.json{picture}")
+    written = ["model", "recipe.yaml", "federated_results.json"]
+    optional = ("base", "curves.png", "auto_fedrl.png", "overlays", "super_model")
+    written += [name for name in optional if (output / name).exists()]
+    print(f"written to {output}: {', '.join(written)}")
     return None
+
+
+def _dice_lines(found: dict) -> list[str]:
+    lines = ["mean dice over sites: " + ", ".join(f"{name} {value:.4g}" for name, value in found["mean"].items())]
+    if "unseen" in found:
+        told = [f"{name} {found['unseen'][name]:.4g}" for name in ("global", "super") if name in found["unseen"]]
+        lines.append(f"dice at {found['unseen']['site']}, which took no part: " + ", ".join(told))
+    if "selector_accuracy" in found:
+        lines.append(f"the selector names the right site for {100 * found['selector_accuracy']:.1f} % of the images")
+    return lines
 
 
 def table(rows: list[dict]) -> list[str]:

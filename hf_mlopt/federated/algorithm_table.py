@@ -1,10 +1,22 @@
 """Algorithms by the names that recipes use, made for a model and a roster."""
 
+import dataclasses
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
 from hf_mlopt.errors import ConfigurationError
-from hf_mlopt.federated.algorithms import ALGORITHMS, FedBN, ServerAlgorithm, normalization_names
+from hf_mlopt.federated.algorithms import (
+    ALGORITHMS,
+    AutoFedRL,
+    FedBN,
+    FedSM,
+    SearchSpace,
+    ServerAlgorithm,
+    normalization_names,
+)
+from hf_mlopt.federated.algorithms.image_features import num_image_features
+from hf_mlopt.federated.selector_model import num_channels_of
 from hf_mlopt.optimizers.domo_variants import VARIANTS, Variant
 from hf_mlopt.training.arguments import json_object
 
@@ -13,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from hf_mlopt.federated.arguments import FederatedTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 # "fedavg" is FedAvg itself; DiLoCo is evaluated where its Nesterov step looks ahead, which no message carries.
 _FAMILY = {name: variant for name, variant in VARIANTS.items() if name not in ("fedavg", "diloco")}
@@ -23,7 +37,7 @@ _FROM_ARGUMENTS = {"fraction": "site_fraction", "min_sites": "min_sites", "weigh
 
 def make_algorithm(args: "FederatedTrainingArguments", model: "torch.nn.Module") -> ServerAlgorithm:
     """
-    The server's algorithm as the arguments say.
+    The server's algorithm as the arguments say; with `auto_fedrl` in its wrapper.
 
     Raises:
         ConfigurationError: If an option is unknown or out of range, or has an argument of its own.
@@ -33,6 +47,8 @@ def make_algorithm(args: "FederatedTrainingArguments", model: "torch.nn.Module")
     options = {name: getattr(variant, name) for name in _FROM_VARIANT} if variant else {}
     if issubclass(algorithm_cls, FedBN):
         options["local_names"] = normalization_names(model)
+    if issubclass(algorithm_cls, FedSM):
+        options["num_features"] = num_image_features(num_channels_of(model) or 3)
     taken = set(inspect.signature(algorithm_cls).parameters) - {"options"}
     for key, value in (args.algorithm_args or {}).items():
         if key in _FROM_ARGUMENTS:
@@ -42,9 +58,45 @@ def make_algorithm(args: "FederatedTrainingArguments", model: "torch.nn.Module")
             raise ConfigurationError(f"algorithm_args.{key}", value, remedy)
     common = {key: getattr(args, name) for key, name in _FROM_ARGUMENTS.items()}
     try:
-        return algorithm_cls(**{**common, **options, **(args.algorithm_args or {})})
+        algorithm = algorithm_cls(**{**common, **options, **(args.algorithm_args or {})})
     except ConfigurationError as error:
         name = _FROM_ARGUMENTS.get(error.field, f"algorithm_args.{error.field}")
+        raise ConfigurationError(name, error.value, str(error).partition(": ")[2]) from None
+    return algorithm if args.auto_fedrl is None else _tuned(algorithm, args)
+
+
+def auto_fedrl_parts(given: dict[str, Any]) -> tuple[SearchSpace, dict[str, Any]]:
+    """
+    The search space that `auto_fedrl` of the arguments names, and the further options of [`AutoFedRL`].
+
+    Raises:
+        ConfigurationError: If a key is unknown, or a range is none.
+    """
+    ranges = {field.name for field in dataclasses.fields(SearchSpace)} - {"kind"}
+    options = set(inspect.signature(AutoFedRL).parameters) - {"inner", "space"}
+    for key, value in given.items():
+        if key not in {"search_space", *ranges, *options}:
+            known = ", ".join(sorted({"search_space", *ranges, *options}))
+            raise ConfigurationError(f"auto_fedrl.{key}", value, f"Auto-FedRL takes {known}")
+    chosen = {key: value for key, value in given.items() if key in ranges}
+    if chosen.get("local_steps") is not None:
+        chosen.setdefault("local_epochs", None)
+    try:
+        space = SearchSpace(given.get("search_space", "log"), **chosen)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"auto_fedrl.{error.field}", error.value, str(error).partition(": ")[2]) from None
+    return space, {key: value for key, value in given.items() if key in options}
+
+
+def _tuned(algorithm: ServerAlgorithm, args: "FederatedTrainingArguments") -> AutoFedRL:
+    space, options = auto_fedrl_parts(args.auto_fedrl)
+    if space.local_epochs is not None and args.local_steps is not None:
+        remedy = "local_steps is fixed; set local_epochs to null in auto_fedrl, or search local_steps there"
+        raise ConfigurationError("local_steps", args.local_steps, remedy)
+    try:
+        return AutoFedRL(algorithm, space, **options)
+    except ConfigurationError as error:
+        name = "site_weights" if error.field == "weighting" else f"auto_fedrl.{error.field}"
         raise ConfigurationError(name, error.value, str(error).partition(": ")[2]) from None
 
 
@@ -64,13 +116,19 @@ def local_optimizer(args: "FederatedTrainingArguments") -> tuple[str | None, dic
         )
     if variant is None and args.algorithm != "scaffold":
         return name, optim_args
-    if name is None:
-        momentum = variant.momentum if variant else 0.0
-        name, optim_args = "sgd", optim_args or ({"momentum": momentum} if momentum else None)
+    optim_args = json_object("mlopt_optim_args", optim_args) or {}
+    if name in (None, "sgd"):
+        name, momentum = "sgd", variant.momentum if variant else 0.0
+        optim_args = {"momentum": momentum, **optim_args} if momentum else optim_args
     averages = variant is not None and variant.local_state == "average"
     if name != "sgd" and (variant is None or averages):
         why = "averages the momentum of SGD" if averages else "takes the change over the learning rates for a gradient"
         raise ConfigurationError("mlopt_optim", name, f"{args.algorithm} {why}; take sgd")
-    if averages and not (json_object("mlopt_optim_args", optim_args) or {}).get("momentum"):
+    if averages and not optim_args.get("momentum"):
         raise ConfigurationError("mlopt_optim_args", optim_args, f"{args.algorithm} averages the momentum; give one")
-    return name, optim_args
+    if variant is None and (optim_args.get("momentum") or args.max_grad_norm):
+        logger.warning(
+            "scaffold takes the change of the weights over the learning rates for a mean gradient, which momentum and "
+            "clipping falsify: set max_grad_norm to 0, and no momentum"
+        )
+    return name, optim_args or None

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_mlopt.errors import ConfigurationError
-from hf_mlopt.federated.algorithm_table import ALGORITHM_NAMES, local_optimizer
+from hf_mlopt.federated.algorithm_table import ALGORITHM_NAMES, auto_fedrl_parts, local_optimizer
 from hf_mlopt.federated.update_codec import make_update_codec
 from hf_mlopt.training.arguments import MLOptTrainingArguments, json_object
+
+
+_CORRECTS_GRADIENTS = ("fedprox", "scaffold", "ditto", "domo-s")
 
 
 @dataclass(repr=False)  # the inherited one keeps tokens out of logs
@@ -17,10 +20,18 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
 
     Args:
         algorithm (`str`, *optional*, defaults to `"fedavg"`):
-            `fedavg`, `fedavgm`, `fedadam`, `fedyogi`, `fedprox`, `scaffold`, `ditto`, `fedbn`, or of the DOMO family
-            `domo`, `domo-s`, `fedavg-lm`, `fedavg-lm-z`, `fedavg-sm`, `fedavg-slm`, `fedavg-slm-z`, `slowmo`.
+            `fedavg`, `fedavgm`, `fedadam`, `fedyogi`, `fedprox`, `scaffold`, `ditto`, `fedbn`, `fedsm`, or of the DOMO
+            family `domo`, `domo-s`, `fedavg-lm`, `fedavg-lm-z`, `fedavg-sm`, `fedavg-slm`, `fedavg-slm-z`, `slowmo`.
         algorithm_args (`dict` or `str`, *optional*):
             Options of the algorithm, or a JSON object of them: `{"server_lr": 0.5}`.
+        auto_fedrl (`dict` or `str`, *optional*):
+            Has a policy tune hyper-parameters during the training, by the losses on what sites hold out: ranges
+            `learning_rate`, `local_epochs` or `local_steps`, `server_lr`, `aggregation_weights` (`[low, high]`, or
+            null where it is not searched), `search_space` (`log` or `paper`), and the options of `AutoFedRL`:
+            `policy`, `window`, `hyper_lr`, `cost_weight`, `guard`... `{}` searches all with the paper's ranges.
+        release_personal (`bool`, *optional*, defaults to `False`):
+            Of `fedsm`: whether a site's personal model may be handed to all users in a super model. Each site says so
+            for itself; its weights tell of its data.
         num_rounds (`int`, *optional*, defaults to 10):
             Exchanges between server and sites.
         local_epochs (`float`, *optional*, defaults to 1.0):
@@ -74,6 +85,8 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
 
     algorithm: str = "fedavg"
     algorithm_args: dict[str, Any] | str | None = None
+    auto_fedrl: dict[str, Any] | str | None = None
+    release_personal: bool = False
     num_rounds: int = 10
     local_epochs: float = 1.0
     local_steps: int | None = None
@@ -101,14 +114,19 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
         local_steps, self.local_steps = self.local_steps, 1  # theirs is that of optimizers with rounds
         self.algorithm_args = json_object("algorithm_args", self.algorithm_args)
         self.update_codec_args = json_object("update_codec_args", self.update_codec_args)
+        self.auto_fedrl = json_object("auto_fedrl", self.auto_fedrl)
         _check_numbers(self, local_steps)
         _check_schedule(self)
         _check_updates(self)
         if self.algorithm not in ALGORITHM_NAMES:
             raise ConfigurationError("algorithm", self.algorithm, f"must be one of {', '.join(ALGORITHM_NAMES)}")
+        _check_algorithm(self)
         self.mlopt_optim, self.mlopt_optim_args = local_optimizer(self)
         super().__post_init__()
         self.local_steps = local_steps
+        if self.fp16 and self.algorithm in _CORRECTS_GRADIENTS:
+            remedy = f"{self.algorithm} adds to gradients that fp16 has scaled; take bf16"
+            raise ConfigurationError("fp16", True, remedy)
         if self.grad_codec is not None:
             raise ConfigurationError(
                 "grad_codec", self.grad_codec, "is for ranks that share gradients; a site has one"
@@ -135,10 +153,23 @@ def _check_numbers(args: FederatedTrainingArguments, local_steps: int | None) ->
     for name, known in (("site_weights", ("samples", "uniform")), ("optimizer_state", ("reset", "keep"))):
         if getattr(args, name) not in known:
             raise ConfigurationError(name, getattr(args, name), f"must be {' or '.join(known)}")
-    if args.round_timeout is not None and args.num_workers == 0:
+    is_elsewhere = getattr(args, "engine", None) == "flower"
+    if args.round_timeout is not None and args.num_workers == 0 and not is_elsewhere:
         raise ConfigurationError(
             "round_timeout", args.round_timeout, "needs num_workers: a site that trains in this process cannot be left"
         )
+
+
+def _check_algorithm(args: FederatedTrainingArguments) -> None:
+    if args.release_personal and args.algorithm != "fedsm":
+        raise ConfigurationError(
+            "release_personal", True, f"{args.algorithm} gives the server no personal models; fedsm does"
+        )
+    if args.auto_fedrl is None:
+        return
+    auto_fedrl_parts(args.auto_fedrl)
+    if args.secure_sum:
+        raise ConfigurationError("secure_sum", True, "auto_fedrl needs the loss of each site; drop one of the two")
 
 
 def _check_schedule(args: FederatedTrainingArguments) -> None:

@@ -1,6 +1,7 @@
 """What stands at a site: it answers the messages of the server, with a Trainer for the local steps."""
 
 import copy
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,8 @@ from hf_mlopt.federated.optimizer_state import load_optimizer_groups, optimizer_
 from hf_mlopt.federated.parameters import SharedParameters
 from hf_mlopt.federated.privacy.masking import KEYS
 from hf_mlopt.federated.reply_filters import ReplyFilters
-from hf_mlopt.federated.site_rules import DittoRule, SiteRule, site_rule
+from hf_mlopt.federated.selector_model import ImageBatches
+from hf_mlopt.federated.site_rules import SiteRule, site_rule
 from hf_mlopt.federated.storage import SiteStore
 from hf_mlopt.training import MLOptTrainer
 
@@ -40,10 +42,13 @@ class SiteData:
     Args:
         train (`datasets.Dataset` or `torch.utils.data.Dataset`): Rows to train on, with a length.
         evaluation (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*): Rows of its own to evaluate on.
+        plain (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*): Rows of `train` as they are, where it
+            changes them at random; FedSM's selector looks at these.
     """
 
     train: Any
     evaluation: Any = None
+    plain: Any = None
 
 
 class FederatedClient:
@@ -106,7 +111,8 @@ class FederatedClient:
         if task not in (TRAIN, EVALUATE):
             raise InputError(f"task={task!r}: a site is asked to {HELLO}, {TRAIN} or {EVALUATE}")
         data, rule_cls = self.data(site), site_rule(message)
-        rule = rule_cls(message, self._state(site, message, rule_cls), self.shared)
+        images = ImageBatches(data.train if data.plain is None else data.plain, self.args.device)
+        rule = rule_cls(message, self._state(site, message, rule_cls), self.shared, images)
         if task == EVALUATE:
             rule.load()
             return Message({}, {"round": message.scalars["round"], **self._evaluated(data, rule)})
@@ -118,12 +124,20 @@ class FederatedClient:
         return reply
 
     def description(self) -> dict[str, str]:
-        """What must be the same wherever one model is trained: `layout`, `frozen` and `version`."""
+        """What must be the same wherever one model is trained: `layout`, `frozen`, `vocabulary` and `version`."""
         return {
             "layout": json.dumps(self.shared.layout(), sort_keys=True),
             "frozen": self.shared.frozen_digest(),
+            "vocabulary": self._vocabulary_digest(),
             "version": __version__,
         }
+
+    def _vocabulary_digest(self) -> str:
+        """Two vocabularies of one size have the same layout, and another meaning in every row."""
+        tokenizer = self.trainer_kwargs.get("processing_class")
+        if not hasattr(tokenizer, "get_vocab"):
+            return ""
+        return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
     def initial(self) -> Message:
         """What of the model travels, as it was made."""
@@ -141,7 +155,9 @@ class FederatedClient:
     def _hello(self, site: str) -> Message:
         data = self.data(site)
         num_evaluated = 0 if data.evaluation is None else len(data.evaluation)
-        return Message({}, {"num_samples": len(data.train), "num_evaluated": num_evaluated, **self.description()})
+        scalars = {"num_samples": len(data.train), "num_evaluated": num_evaluated}
+        scalars |= {"release_personal": True} if self.args.release_personal else {}
+        return Message({}, {**scalars, **self.description()})
 
     def _state(self, site: str, message: Message, rule_cls: type[SiteRule]) -> Message | None:
         round = message.scalars["state_round"]
@@ -186,7 +202,7 @@ class FederatedClient:
             "train_loss": train_loss,
         }
         groups, state = rule.after(lambda other: _train(self._ready(site, data, other)))
-        scalars["seconds"] = time.perf_counter() - started
+        scalars |= {**rule.scalars, "seconds": time.perf_counter() - started}
         kept = {**(state.groups if state else {}), **kept}
         return Message({**groups, **momentum}, scalars), kept
 
@@ -194,8 +210,9 @@ class FederatedClient:
         if data.evaluation is None:
             return {}
         found = {"num_evaluated": len(data.evaluation)} | _metrics(self._trainer(data, rule.message), "eval")
-        if isinstance(rule, DittoRule):
-            self.shared.load(rule.message, rule.personal())
+        personal = rule.personal()
+        if personal is not None:
+            self.shared.load(rule.message, personal)
             found |= _metrics(self._trainer(data, rule.message), "eval_personal")
         return found
 
@@ -281,3 +298,4 @@ def _released(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        vars(trainer.model).pop("_is_accelerate_prepared", None)  # or the next one would train without autocast

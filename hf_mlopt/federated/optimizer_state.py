@@ -46,10 +46,12 @@ def load_optimizer_groups(
         parameters (`Mapping[str, torch.Tensor]`): Name to parameter.
         groups (`Mapping[str, Group]`): Those of another name are left alone.
     """
+    on_device = any(one.get("fused") or one.get("capturable") for one in optimizer.param_groups)
     for group, tensors in groups.items():
         if group.startswith(_PREFIX):
             for name, tensor in tensors.items():
                 parameter = parameters[name]
-                # Counts of steps stay on the CPU, where torch makes them.
-                value = tensor.to(parameter.device, copy=True) if tensor.dim() else tensor.clone()
+                # Counts of steps are where torch makes them: on the CPU, unless the step is one kernel.
+                is_beside = tensor.dim() > 0 or on_device
+                value = tensor.to(parameter.device, copy=True) if is_beside else tensor.clone()
                 optimizer.state[parameter][group.removeprefix(_PREFIX)] = value

@@ -19,7 +19,8 @@ def roll_call(engine: Engine, own: Mapping[str, object]) -> dict[str, Message]:
 
     Args:
         engine (`Engine`): Knows the sites.
-        own (`Mapping`): What the server's model is: the scalars `layout`, `frozen` and `version` of a site's answer.
+        own (`Mapping`): What the server's model is, as a site describes its own: `layout`, `frozen`, `vocabulary` and
+            `version`.
 
     Returns:
         `dict[str, Message]`: Site, in order of name, to its answer.
@@ -42,19 +43,35 @@ def roll_call(engine: Engine, own: Mapping[str, object]) -> dict[str, Message]:
     return {site: exchanged.replies[site] for site in sorted(names)}
 
 
+def require_held_out(roster: Mapping[str, Message]) -> None:
+    """
+    Refuses a site without rows to evaluate on; what tunes hyper-parameters goes by them.
+
+    Raises:
+        InputError: With the site's name.
+    """
+    for site, answer in roster.items():
+        if not answer.scalars.get("num_evaluated", 0) > 0:
+            raise InputError(
+                f"auto_fedrl: site {site!r} has no rows to evaluate on, which the policy is rewarded by; give it some"
+            )
+
+
 def _check(site: str, answer: Message, own: Mapping[str, object]) -> None:
     found = answer.scalars
     if not found.get("num_samples", 0) > 0:
         raise InputError(f"site {site!r} has no rows to train on; leave it out, or give it data")
-    if found["layout"] != own["layout"]:
+    if found.get("layout") != own["layout"]:
         raise InputError(
-            f"site {site!r} has another model: {_difference(found['layout'], own['layout'])}; "
+            f"site {site!r} has another model: {_difference(str(found.get('layout', '{}')), own['layout'])}; "
             "all sites need the same architecture and vocabulary"
         )
-    if found["frozen"] != own["frozen"]:
+    if found.get("frozen") != own["frozen"]:
         raise InputError(f"site {site!r} has other frozen weights; all sites need the same base model")
-    if found["version"] != own["version"]:
-        logger.warning("site %r has hf-mlopt %s, the server %s", site, found["version"], own["version"])
+    if found.get("vocabulary") != own["vocabulary"]:
+        raise InputError(f"site {site!r} has another vocabulary of the same size; all sites need the same tokenizer")
+    if found.get("version") != own["version"]:
+        logger.warning("site %r has hf-mlopt %s, the server %s", site, found.get("version"), own["version"])
 
 
 def _difference(theirs: str, ours: str) -> str:

@@ -1,5 +1,6 @@
 """One round: what is sent, what comes back, and the row of it in the history."""
 
+import logging
 import math
 import shutil
 import tempfile
@@ -16,10 +17,14 @@ from hf_mlopt.federated.engines import Engine, Exchanged
 from hf_mlopt.federated.storage import SpooledReplies
 
 
+logger = logging.getLogger(__name__)
+
 # Replies beyond this many bytes wait in files.
 _IN_MEMORY = 256 * 2**20
 # Of a reply, what the algorithm needs and a reader does not.
 _NOT_SHOWN = ("round", "state_round", "start_digest")
+# What every algorithm says of a round; the rest is what one has found out for itself.
+_OF_ANY = ("round", "num_sites", "num_samples", "update_norm", "absent", "refused")
 
 
 class RoundFailed(RuntimeError):
@@ -46,8 +51,9 @@ def run_round(
 
     Returns:
         `tuple`: The row, JSON-able: `round`, `num_sites`, `num_samples`, `update_norm`, `train_loss` (mean over
-        samples), `absent` (site to reason), `bytes_down`, `bytes_up`, `seconds`, `digest` (of the new weights), and
-        `sites` (site to its scalars); and what sites have found of the model they were sent.
+        samples), `absent` (site to reason), `bytes_down`, `bytes_up`, `seconds`, `digest` (of the new weights),
+        `sites` (site to its scalars), and of Auto-FedRL `tuned` (what held, and the reward); and what sites have found
+        of the model they were sent.
 
     Raises:
         RoundFailed: If the round cannot count; the algorithm is as before.
@@ -80,15 +86,18 @@ def run_round(
         "seconds": time.perf_counter() - started,
         "sites": sites,
     }
+    if tuned := {name: value for name, value in metrics.items() if name not in _OF_ANY}:
+        row["tuned"] = tuned
     return row, {site: found for site, found in evaluated.items() if found}
 
 
-def evaluate_sites(algorithm: ServerAlgorithm, engine: Engine) -> dict[str, dict[str, float]]:
+def evaluate_sites(algorithm: ServerAlgorithm, engine: Engine) -> tuple[dict[str, dict[str, float]], int]:
     """
-    Has every site evaluate the model as it is now on data of its own.
+    Has every site evaluate the model as it is now on data of its own. A site that does not answer is warned of.
 
     Returns:
-        `dict[str, dict[str, float]]`: Site to metrics; without those that have not answered or have no such data.
+        `tuple[dict[str, dict[str, float]], int]`: Site to metrics, without those that have not answered or have no
+        such data; and the bytes sent to them.
     """
     messages = {
         site: Message(message.groups, {**message.scalars, "task": EVALUATE})
@@ -96,8 +105,11 @@ def evaluate_sites(algorithm: ServerAlgorithm, engine: Engine) -> dict[str, dict
     }
     with _exchanged(messages) as exchanged:
         engine.exchange(messages, exchanged, lambda site: None)
+    for site, reason in sorted(exchanged.failures.items()):
+        logger.warning("round %d: %s has not evaluated the model: %s", algorithm.round - 1, site, reason)
     found = {site: _metrics_of(exchanged.scalars[site]) for site in sorted(exchanged.scalars)}
-    return {site: metrics for site, metrics in found.items() if metrics}
+    sent = sum(message.nbytes for message in messages.values())
+    return {site: metrics for site, metrics in found.items() if metrics}, sent
 
 
 def mean_over_sites(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

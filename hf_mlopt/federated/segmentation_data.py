@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Array3D, Dataset, Features
 from PIL import Image, UnidentifiedImageError
 
@@ -13,12 +14,13 @@ from hf_mlopt.errors import ConfigurationError, InputError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
-def segmentation_dataset(images: np.ndarray, masks: np.ndarray, name: str) -> Dataset:
+def segmentation_dataset(images: np.ndarray, masks: np.ndarray, name: str, size: int | None = None) -> Dataset:
     """
     Args:
         images (`np.ndarray`): `[N, C, H, W]`, uint8.
         masks (`np.ndarray`): `[N, H, W]`, 0 or 1.
         name (`str`): Where they are from, for errors.
+        size (`int`, *optional*): Height and width to resize to; a pixel of a mask is what most of it was.
 
     Returns:
         `Dataset`: `pixel_values` `[C, H, W]` in [0, 1] and `labels` `[1, H, W]`, float32 torch tensors.
@@ -37,13 +39,25 @@ def segmentation_dataset(images: np.ndarray, masks: np.ndarray, name: str) -> Da
     values = np.unique(masks)
     if not np.isin(values, (0, 1)).all():
         raise InputError(f"{name}: masks hold {values[:5].tolist()}; 0 and 1 are the two classes there are")
-    shapes = {"pixel_values": images.shape[1:], "labels": (1, *images.shape[2:])}
-    features = Features({column: Array3D(shape, "float32") for column, shape in shapes.items()})
     columns = {"pixel_values": images.astype(np.float32) / 255, "labels": masks[:, None].astype(np.float32)}
+    if size is not None:
+        columns = {column: _resized(array, size) for column, array in columns.items()}
+        columns["labels"] = (columns["labels"] >= 0.5).astype(np.float32)
+    features = Features({column: Array3D(array.shape[1:], "float32") for column, array in columns.items()})
     return Dataset.from_dict(columns, features=features).with_format("torch")
 
 
-def sites_from_npz(path: str | Path, names: Mapping[int, str] | None = None) -> dict[str, Dataset]:
+def _resized(images: np.ndarray, size: int) -> np.ndarray:
+    if type(size) is not int or size < 2:
+        raise ConfigurationError("size", size, "must be an int of at least 2")
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    resized = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return resized.clamp(0, 1).numpy()
+
+
+def sites_from_npz(
+    path: str | Path, names: Mapping[int, str] | None = None, size: int | None = None
+) -> dict[str, Dataset]:
     """
     Reads one file of all sites.
 
@@ -51,6 +65,7 @@ def sites_from_npz(path: str | Path, names: Mapping[int, str] | None = None) -> 
         path (`str` or `Path`): With `images` `[N, C, H, W]` uint8, `masks` `[N, H, W]` and `site` `[N]`.
         names (`Mapping[int, str]`, *optional*): Number in `site` to the name; sites without a name are left out. All
             sites, as `site-<number>`, where absent.
+        size (`int`, *optional*): Height and width to resize to.
 
     Raises:
         InputError: If the file is none, lacks an array, or has no image of a site named.
@@ -68,7 +83,8 @@ def sites_from_npz(path: str | Path, names: Mapping[int, str] | None = None) -> 
             raise InputError(
                 f"{str(path)!r}: site {number} ({name!r}) has no image; there are {np.unique(arrays['site'])}"
             )
-        sites[name] = segmentation_dataset(arrays["images"][rows], arrays["masks"][rows], f"{path}, site {name!r}")
+        name_of_rows = f"{path}, site {name!r}"
+        sites[name] = segmentation_dataset(arrays["images"][rows], arrays["masks"][rows], name_of_rows, size)
     return sites
 
 
@@ -83,15 +99,18 @@ def sites_from_folders(path: str | Path, size: int | None = None) -> dict[str, D
     Raises:
         InputError: If an image has no mask, a mask another size than its image, or a file is no image; with the file.
     """
-    if size is not None and (type(size) is not int or size < 2):
-        raise ConfigurationError("size", size, "must be an int of at least 2")
     folders = sorted(folder for folder in Path(path).glob("*") if (folder / "images").is_dir())
     if not folders:
         raise InputError(f"{str(path)!r}: holds no folder <site>/images")
-    return {folder.name: _site_from_folder(folder, size) for folder in folders}
+    return {folder.name: site_from_folder(folder, size) for folder in folders}
 
 
-def _site_from_folder(folder: Path, size: int | None) -> Dataset:
+def site_from_folder(folder: Path, size: int | None = None) -> Dataset:
+    """Reads `<folder>/images` with `<folder>/masks` of one site; see [`sites_from_folders`]."""
+    if size is not None and (type(size) is not int or size < 2):
+        raise ConfigurationError("size", size, "must be an int of at least 2")
+    if not (folder / "images").is_dir():
+        raise InputError(f"{str(folder)!r}: holds no folder images")
     files = sorted(file for file in (folder / "images").iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise InputError(f"{str(folder / 'images')!r}: holds no image")

@@ -1,8 +1,10 @@
 """Models of binary segmentation by name, their loss, and Dice."""
 
+from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from hf_mlopt.errors import ConfigurationError, InputError
@@ -42,29 +44,44 @@ def dice_bce_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return 1 - dice.mean() + nn.functional.binary_cross_entropy_with_logits(logits, masks)
 
 
-class SegmentationModel(nn.Module):
+class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="hf_mlopt", tags=["image-segmentation"]):
     """
-    A network for binary masks with the interface a Trainer expects.
+    A network for binary masks with the interface a Trainer expects, and `save_pretrained`, `from_pretrained` and
+    `push_to_hub`.
 
     Args:
-        name (`str`): `unet` (MONAI, extra `medical`) or `segformer`, of random weights.
+        name (`str`): `unet` or `unet3d` (MONAI, extra `medical`), or `segformer`, of random weights.
         num_channels (`int`, *optional*, defaults to 3): Of the images.
         width (`int`, *optional*, defaults to 8): Channels of the U-Net's first level; for `segformer` twice as many.
+        patch (`int`, *optional*): In evaluation an image larger than this is answered by a window of so many pixels
+            on a side that slides over it; for networks trained on crops.
     """
 
-    def __init__(self, name: str, num_channels: int = 3, width: int = 8):
+    def __init__(self, name: str, num_channels: int = 3, width: int = 8, patch: int | None = None):
         super().__init__()
         if name not in _NETWORKS:
             raise ConfigurationError("model", name, f"must be one of {', '.join(_NETWORKS)}")
-        for field, value in (("num_channels", num_channels), ("width", width)):
+        sizes = {"num_channels": num_channels, "width": width, **({} if patch is None else {"patch": patch})}
+        for field, value in sizes.items():
             if type(value) is not int or value < 1:
                 raise ConfigurationError(field, value, "must be an int of at least 1")
-        self.options: dict[str, Any] = {"name": name, "num_channels": num_channels, "width": width}
-        self.network = _NETWORKS[name](num_channels, width)
+        self.options: dict[str, Any] = {"name": name, **sizes}
+        self.patch, self.network = patch, _NETWORKS[name](num_channels, width)
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """`logits` `[B, 1, H, W]` of images `[B, C, H, W]` in [0, 1], and `loss` where there are `labels`."""
-        logits = self.network(pixel_values)
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, case: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        `logits` `[B, 1, H, W]` of images `[B, C, H, W]` in [0, 1], or of volumes with one axis more, and `loss` where
+        there are `labels`. What `case` an image is of is for metrics.
+        """
+        if self.patch is not None and not self.training and max(pixel_values.shape[2:]) > self.patch:
+            from monai.inferers import sliding_window_inference
+
+            window = (self.patch,) * (pixel_values.ndim - 2)
+            logits = sliding_window_inference(pixel_values, window, 4, self.network, mode="gaussian")
+        else:
+            logits = self.network(pixel_values)
         logits = logits if isinstance(logits, torch.Tensor) else logits.logits
         if logits.shape[2:] != pixel_values.shape[2:]:  # SegFormer predicts at a fraction of the resolution
             logits = nn.functional.interpolate(logits, pixel_values.shape[2:], mode="bilinear", align_corners=False)
@@ -73,13 +90,13 @@ class SegmentationModel(nn.Module):
         return {"loss": dice_bce_loss(logits, labels), "logits": logits}
 
 
-def _unet(num_channels: int, width: int) -> nn.Module:
+def _unet(num_channels: int, width: int, spatial_dims: int = 2) -> nn.Module:
     try:
         from monai.networks.nets import UNet
     except ImportError as error:
-        raise InputError("model='unet' needs MONAI; install the extra hf-mlopt[medical]") from error
+        raise InputError("the U-Nets are MONAI's; install the extra hf-mlopt[medical]") from error
     return UNet(
-        spatial_dims=2,
+        spatial_dims=spatial_dims,
         in_channels=num_channels,
         out_channels=1,
         channels=(width, 2 * width, 4 * width),
@@ -105,7 +122,7 @@ def _segformer(num_channels: int, width: int) -> nn.Module:
     return SegformerForSemanticSegmentation(config)
 
 
-_NETWORKS = {"unet": _unet, "segformer": _segformer}
+_NETWORKS = {"unet": _unet, "unet3d": partial(_unet, spatial_dims=3), "segformer": _segformer}
 
 
 def _require_same_shape(logits: torch.Tensor, masks: torch.Tensor) -> None:

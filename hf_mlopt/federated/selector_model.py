@@ -1,17 +1,27 @@
 """Modules that tell from an image which site it resembles, and the local training of the one that is trained."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.federated.algorithms.adam import adam_step
-from hf_mlopt.federated.algorithms.image_features import Discriminant, image_features
+from hf_mlopt.federated.algorithms.image_features import (
+    Discriminant,
+    feature_statistics,
+    image_features,
+)
 from hf_mlopt.federated.algorithms.message import Group, Message, Scalar
 
 
 MAX_PARAMETERS = 100_000  # the moments make every round carry three times as many numbers
+
+
+def planes(images: torch.Tensor) -> torch.Tensor:
+    """`[B, C, H, W]`: images as they are, and of volumes `[B, C, H, W, D]` the middle plane."""
+    return images if images.ndim == 4 else images[..., images.shape[-1] // 2]
 
 
 class SelectorModel(nn.Module):
@@ -37,7 +47,7 @@ class SelectorModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """`[B, K]` logits of `[B, C, H, W]` images."""
-        hidden = images
+        hidden = planes(images)
         for convolution in self.convolutions:
             hidden = torch.relu(convolution(hidden))
         variance = hidden.var(dim=(2, 3), correction=0)
@@ -88,11 +98,96 @@ class MomentsSelectorModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """`[B, K]` logits of `[B, C, H, W]` images, uint8 or in [0, 1]."""
-        return -0.5 * self.discriminant.distances(image_features(images))
+        return -0.5 * self.discriminant.distances(image_features(planes(images)))
 
     def out_of_federation_score(self, images: torch.Tensor) -> torch.Tensor:
         """`[B]`; see [`Discriminant.out_of_federation_score`]."""
-        return self.discriminant.out_of_federation_score(image_features(images))
+        return self.discriminant.out_of_federation_score(image_features(planes(images)))
+
+
+class ImageBatches:
+    """
+    The images of some rows, batch after batch, as often as they are asked for.
+
+    Args:
+        rows (`datasets.Dataset` or `torch.utils.data.Dataset`): With `pixel_values` `[C, H, W]`.
+        device (`torch.device`, *optional*): Where they are wanted.
+        size (`int`, *optional*, defaults to 64): Images in a batch; no matter for what comes out.
+    """
+
+    def __init__(self, rows: Any, device: torch.device | str = "cpu", size: int = 64):
+        self.rows, self.device, self.size = rows, device, size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for start in range(0, len(self.rows), self.size):
+            stop = min(start + self.size, len(self.rows))
+            images = [torch.as_tensor(self.rows[i]["pixel_values"]) for i in range(start, stop)]
+            yield torch.stack(images).to(self.device)
+
+
+def num_channels_of(model: nn.Module) -> int | None:
+    """Channels of the images that a model takes, if it says so."""
+    options, config = getattr(model, "options", {}), getattr(model, "config", None)
+    return options.get("num_channels", getattr(config, "num_channels", None))
+
+
+def selector_weights(model: nn.Module, num_sites: int, seed: int) -> dict[str, torch.Tensor]:
+    """
+    What a learned selector begins with.
+
+    Args:
+        model (`nn.Module`): The model that is trained; it says how many channels the images have.
+        num_sites (`int`): K.
+        seed (`int`): Of the weights; torch's generator stays as it is.
+
+    Raises:
+        ConfigurationError: If the model does not take images.
+    """
+    num_channels = num_channels_of(model)
+    if num_channels is None:
+        kind = type(model).__name__
+        raise ConfigurationError("algorithm_args.selector", "learned", f"{kind} is no model of images; take none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        selector = selector_model(num_channels, num_sites)
+    return {name: weight.detach() for name, weight in selector.named_parameters()}
+
+
+def selector_like(weights: Group) -> SelectorModel:
+    """
+    The [`SelectorModel`] that weights are of; its own are of no use.
+
+    Raises:
+        InputError: If they are those of another module.
+    """
+    try:
+        width, num_channels = weights["convolutions.0.weight"].shape[:2]
+        model = SelectorModel(num_channels, len(weights["head.bias"]), width)
+        model.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = f"weights of another module than this version's; install the server's ({error})"
+        raise InputError(f"selector: {reason}") from error
+    return model
+
+
+def selector_reply(message: Message, batches: Iterable[torch.Tensor]) -> tuple[dict[str, Group], dict[str, Scalar]]:
+    """
+    A site's part of whatever selector the server's message is about.
+
+    Args:
+        message (`Message`): What the server sent.
+        batches (`Iterable[torch.Tensor]`): The site's images, `[B, C, H, W]` in [0, 1].
+
+    Returns:
+        `tuple`: Groups and scalars of the reply.
+    """
+    if "selector" in message.groups:
+        return train_selector(selector_like(message.groups["selector"]), batches, message)
+    if not message.scalars.get("needs_statistics"):
+        return {}, {}
+    parts = [feature_statistics(image_features(planes(images))) for images in batches]
+    total = {name: sum(part[name] for part in parts).cpu() for name in parts[0]}
+    return {"selector_statistics": total}, {}
 
 
 def train_selector(

@@ -1,6 +1,6 @@
 """What each algorithm adds to the local training of a site: to gradients, to steps, and to what the site keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
@@ -15,8 +15,9 @@ from hf_mlopt.federated.algorithms import (
     scaffold_gradient,
     scaffold_new_control,
 )
-from hf_mlopt.federated.algorithms.message import Group
+from hf_mlopt.federated.algorithms.message import Group, Scalar
 from hf_mlopt.federated.parameters import SharedParameters
+from hf_mlopt.federated.selector_model import selector_reply
 
 
 class SiteRule(TrainerCallback):
@@ -28,13 +29,22 @@ class SiteRule(TrainerCallback):
         message (`Message`): What the server sent.
         state (`Message`, *optional*): What the site has kept.
         shared (`SharedParameters`): The model.
+        images (`Iterable[torch.Tensor]`, *optional*): The site's images in batches, for the algorithm that looks at
+            them beside the training.
     """
 
     keeps_state = False
 
-    def __init__(self, message: Message, state: Message | None, shared: SharedParameters):
-        self.message, self.state, self.shared = message, state, shared
+    def __init__(
+        self,
+        message: Message,
+        state: Message | None,
+        shared: SharedParameters,
+        images: Iterable[torch.Tensor] = (),
+    ):
+        self.message, self.state, self.shared, self.images = message, state, shared, images
         self.lr_sum, self.num_steps = 0.0, 0
+        self.scalars: dict[str, Scalar] = {}  # further ones of the reply
 
     def load(self) -> None:
         """Has the model stand where local training starts."""
@@ -54,7 +64,21 @@ class SiteRule(TrainerCallback):
         Args:
             train (`Callable`): Trains the model as it stands once more, by another rule.
         """
-        return dict(self.shared.message(self._answered()).groups), None
+        return self._ended(), None
+
+    def _ended(self) -> dict[str, Group]:
+        """Where the model stands; of half precision the sent value plus the change, which rounding is no part of."""
+        groups = dict(self.shared.message(self._answered()).groups)
+        weights = {}
+        for name, end in groups["weights"].items():
+            dtype, sent = self.shared.weights[name].dtype, self.message.groups["weights"][name]
+            is_whole = torch.promote_types(dtype, torch.float32) == dtype
+            weights[name] = end if is_whole else sent + (end - sent.to(dtype).to(sent.dtype))
+        return {**groups, "weights": weights}
+
+    def personal(self) -> Message | None:
+        """The site's own model, where it has one beside that of the message."""
+        return None
 
     def _answered(self) -> dict[str, Group]:
         return {group: self.message.groups[group] for group in ("weights", "buffers") if group in self.message.groups}
@@ -139,6 +163,26 @@ class _DittoPersonalRule(SiteRule):
         self._set_gradients(lambda grads: ditto_gradient(grads, self.shared.weights, self._start, lmbda))
 
 
+class FedSMRule(SiteRule):
+    """
+    FedSM: beside the common model the site's personal one, which the server keeps, trained alike and by an optimizer
+    of its own; and the site's part of the model selector.
+    """
+
+    def after(self, train):
+        groups, _ = super().after(train)
+        self.shared.load(self.personal())
+        train(SiteRule(self.message, None, self.shared))
+        own = self.shared.message(self.personal().groups).groups
+        personal = {"personal" if group == "weights" else f"personal_{group}": own[group] for group in own}
+        selector, self.scalars = selector_reply(self.message, self.images)
+        return {**groups, **personal, **selector}, None
+
+    def personal(self) -> Message:
+        groups = {"weights": "personal", "buffers": "personal_buffers"}
+        return Message({to: self.message.groups[of] for to, of in groups.items() if of in self.message.groups})
+
+
 class FedBNRule(SiteRule):
     """FedBN: what the messages leave out, above all the normalization layers, is the site's own."""
 
@@ -182,6 +226,7 @@ SITE_RULES = {
     "scaffold": ScaffoldRule,
     "ditto": DittoRule,
     "fedbn": FedBNRule,
+    "fedsm": FedSMRule,
     "domo": DOMORule,
 }
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.federated.algorithm_table import make_algorithm
-from hf_mlopt.federated.algorithms import ServerAlgorithm
+from hf_mlopt.federated.algorithms import AutoFedRL, Message, ServerAlgorithm
 from hf_mlopt.federated.arguments import FederatedTrainingArguments
 from hf_mlopt.federated.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from hf_mlopt.federated.client import FederatedClient, SiteData
@@ -23,8 +23,9 @@ from hf_mlopt.federated.engines import Engine, InProcessEngine, ProcessEngine
 from hf_mlopt.federated.privacy.accounting import epsilon, num_releases
 from hf_mlopt.federated.privacy.secure_round import run_secure_round
 from hf_mlopt.federated.reply_filters import check_switches
-from hf_mlopt.federated.roll_call import roll_call
+from hf_mlopt.federated.roll_call import require_held_out, roll_call
 from hf_mlopt.federated.rounds import RoundFailed, evaluate_sites, mean_over_sites, run_round
+from hf_mlopt.federated.selector_model import selector_weights
 from hf_mlopt.federated.storage import SiteStore
 from hf_mlopt.training import MLOptTrainer
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # What a resumed run must have in common with the one it goes on from.
 _OF_A_RUN = (
-    *("algorithm", "algorithm_args", "seed", "clip_update", "noise_multiplier"),
+    *("algorithm", "algorithm_args", "auto_fedrl", "seed", "clip_update", "noise_multiplier"),
     *("update_codec", "update_codec_args", "update_feedback", "secure_sum"),
 )
 
@@ -52,7 +53,8 @@ class FederatedTrainer:
         engine (`Engine`, *optional*): What reaches the sites; by default they train on this machine, in
             `args.num_workers` processes or in this one.
         eval_dataset (`datasets.Dataset`, *optional*): Rows of the server's own to evaluate on.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): Of the server: a round is a step, and is logged.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Of the server, for `on_train_begin`, `on_log`
+            (a round is a step) and `on_train_end`.
         site_callbacks (`Callable[[str], list]`, *optional*): Site to callbacks of its Trainer.
         trainer_class (`type`, *optional*, defaults to `MLOptTrainer`): The sites' Trainer.
         **trainer_kwargs: Its further keywords: `data_collator`, `processing_class`, `compute_metrics`...
@@ -76,6 +78,8 @@ class FederatedTrainer:
     ):
         if (sites is None) == (engine is None):
             raise InputError("sites: give the sites' data, or an engine that reaches them")
+        if args.n_gpu > 1:
+            raise InputError(f"n_gpu={args.n_gpu}: a site trains on one GPU; choose it with CUDA_VISIBLE_DEVICES")
         if args.world_size > 1:
             raise InputError(f"world_size={args.world_size}: the server is one process; start it without a launcher")
         self.args, self.eval_dataset = args, eval_dataset
@@ -87,6 +91,7 @@ class FederatedTrainer:
         self.engine = engine or _local_engine(args, list(data), self.client)
         self.algorithm = algorithm or make_algorithm(args, self.client.model)
         self.history: list[dict[str, Any]] = []
+        self.released: list[str] = []  # sites that hand their personal models to users
         reporters = get_reporting_integration_callbacks(args.report_to)
         every = [DefaultFlowCallback(), *(reporter() for reporter in reporters), *callbacks]
         self._callbacks = CallbackHandler(every, self.client.model, None, None, None)
@@ -135,7 +140,10 @@ class FederatedTrainer:
             `dict`: Metrics as means over the sites' rows, those of the server as `server_...`, and `sites`.
         """
         self.load_server_model()
-        found = evaluate_sites(self.algorithm, self.engine)
+        try:
+            found, _ = evaluate_sites(self.algorithm, self.engine)
+        finally:
+            self.engine.close()
         return {**mean_over_sites(found), **self._at_the_server(), "sites": found}
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -152,14 +160,22 @@ class FederatedTrainer:
         if resume_from_checkpoint is True and not found:
             raise ConfigurationError("resume_from_checkpoint", True, f"no checkpoint in {self.args.output_dir}")
         roster = roll_call(self.engine, self.client.description())
+        self.released = [site for site, answer in roster.items() if answer.scalars.get("release_personal")]
+        first = self._first(len(roster))
         if resume_from_checkpoint:
             path = found[-1] if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            if path.resolve() in [one.resolve() for one in found[:-1]]:
+                remedy = f"{found[-1].name} is newer, and would be resumed from later: move it away first"
+                raise ConfigurationError("resume_from_checkpoint", str(resume_from_checkpoint), remedy)
             state, self.history = load_checkpoint(path, self._run())
-            self.algorithm.setup(list(roster), self.client.initial(), self.args.seed)  # compared with the state
+            self.algorithm.setup(list(roster), first, self.args.seed)  # compared with the state
             self.algorithm.load_state_dict(state)
         else:
-            self.algorithm.setup(list(roster), self.client.initial(), self.args.seed)
+            self.history = []
+            self.algorithm.setup(list(roster), first, self.args.seed)
         check_switches(self.args, self.algorithm)
+        if isinstance(self.algorithm, AutoFedRL):
+            require_held_out(roster)
         num_samples = {site: answer.scalars["num_samples"] for site, answer in roster.items()}
         logger.info(
             "%s over %d sites (%s), %s trainable parameters of %s, %d rounds",
@@ -169,11 +185,20 @@ class FederatedTrainer:
             self.args.num_rounds,
         )
 
+    def _first(self, num_sites: int) -> Message:
+        """What the algorithm starts from."""
+        message = self.client.initial()
+        selector = getattr(getattr(self.algorithm, "inner", self.algorithm), "selector", None)
+        if selector is None or not selector.takes_weights or num_sites < 2:
+            return message
+        return Message({**message.groups, "selector": selector_weights(self.model, num_sites, self.args.seed)})
+
     def _round(self, bar: tqdm) -> None:
         args, round, pending = self.args, self.algorithm.round, set(self.algorithm.configure(self.algorithm.round))
         asked, every = len(pending), args.evaluate_every
         # Under masks no reply says anything but its vector.
         can_fuse = self.algorithm.sends_model and not args.secure_sum
+        can_fuse = can_fuse and asked == len(self.algorithm.sites)
         fused = bool(every and can_fuse and round > 0 and round % every == 0)
 
         def on_reply(site: str) -> None:
@@ -182,11 +207,13 @@ class FederatedTrainer:
             bar.set_postfix_str(f"{asked - len(pending)}/{asked} sites{waited}")
 
         try:
-            scalars = {"lr_factor": self._lr_factor(round), "evaluate": fused}
+            # Auto-FedRL has sites evaluate in every round, whether this is noted or not.
+            scalars = {"lr_factor": self._lr_factor(round), **({"evaluate": True} if fused else {})}
             run = run_secure_round if args.secure_sum else partial(run_round, decode=self.client.filters.decode)
             row, found = run(self.algorithm, self.engine, scalars, on_reply)
         except RoundFailed as error:
-            raise RoundFailed(f"{error}. What was before round {round} is kept; resume to do it again") from error
+            kept = f". What was before round {round} is kept; resume to do it again" if round else ""
+            raise RoundFailed(f"{error}{kept}") from error
         if fused and found:
             self._note_evaluation(self.history[-1], found)
         self.history.append(row)
@@ -197,25 +224,29 @@ class FederatedTrainer:
         told = ("train_loss", "update_norm", "bytes_up", "epsilon")
         self._log({"round": round, **{name: row[name] for name in told if name in row}})
         is_due = every and (round + 1) % every == 0 and round + 1 < args.num_rounds
-        if is_due and not can_fuse:
-            self._note_evaluation(row, evaluate_sites(self.algorithm, self.engine))
-        if is_due and self.eval_dataset is not None:
-            row["server"] = self._at_the_server()
-            self._log(row["server"])
-        state = self.algorithm.state_dict()
-        save_checkpoint(Path(args.output_dir), state, self.history, self._run(), args.save_total_limit)
+        if is_due:
+            self._evaluate_round(row, at_sites=not can_fuse)
+        self._save()
         bar.update()
 
     def _evaluate_last(self) -> None:
         row = self.history[-1]
         if not self.args.evaluate_every or "evaluation" in row or "server" in row:
             return
-        found = evaluate_sites(self.algorithm, self.engine)
-        if found:
-            self._note_evaluation(row, found)
+        self._evaluate_round(row, at_sites=True)
+        self._save()
+
+    def _evaluate_round(self, row: dict[str, Any], at_sites: bool) -> None:
+        """Puts into the row what sites, asked for this alone, and the server find of its model."""
+        if at_sites:
+            found, row["bytes_evaluation"] = evaluate_sites(self.algorithm, self.engine)
+            if found:
+                self._note_evaluation(row, found)
         if self.eval_dataset is not None:
             row["server"] = self._at_the_server()
             self._log(row["server"])
+
+    def _save(self) -> None:
         state = self.algorithm.state_dict()
         save_checkpoint(Path(self.args.output_dir), state, self.history, self._run(), self.args.save_total_limit)
 

@@ -14,9 +14,12 @@ from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.federated import FederatedClient, SiteStore
 from hf_mlopt.federated.checkpoint import checkpoints
 from hf_mlopt.hub import Checkpoint, environment, resolve_checkpoint
+from hf_mlopt.hub.card_segmentation import segmentation_card
 from hf_mlopt.hub.provenance import shown_name
 from hf_mlopt.workflows.federate_data import FederatedData
 from hf_mlopt.workflows.federate_recipe import FederateRecipe
+from hf_mlopt.workflows.segmentation_data import SegmentationData
+from hf_mlopt.workflows.segmentation_metrics import overlap, predicted_masks
 from hf_mlopt.workflows.train import accuracy, choices, plot_path
 from hf_mlopt.workflows.train_data import TrainData, is_text_file
 from hf_mlopt.workflows.train_model import build_model, load_config
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from hf_mlopt.federated.engines import Engine
 
 logger = logging.getLogger(__name__)
+
+_MODELS = ("global", "personal", "super")
 
 
 @dataclass
@@ -49,17 +54,29 @@ class Federation:
         return resolve_checkpoint(self.recipe.model) if self.recipe.model else None
 
     @cached_property
-    def data(self) -> FederatedData:
+    def data(self) -> FederatedData | SegmentationData:
         """Of all sites."""
+        if self.recipe.task == "segmentation":
+            return SegmentationData(self.recipe)
         return FederatedData(self.recipe, self.checkpoint)
 
     def model(self) -> "torch.nn.Module":
         """The model, with adapters where the recipe has them; random weights are those of the global seed."""
+        model = self.base_model()
+        return model if self.recipe.lora is None else _with_adapters(self.recipe, model)
+
+    def base_model(self) -> "torch.nn.Module":
+        """The model without adapters."""
         recipe, data = self.recipe, self.data
+        if recipe.task == "segmentation":
+            # A server that has no images is told their channels.
+            return _segmentation_model(recipe, (recipe.model_config or {}).get("num_channels") or data.shape[0])
         config = load_config(recipe, self.checkpoint)
         of_data = TrainData(None, None, {}, data.tokenizer, data.shape, data.label_names)
         model = build_model(recipe, self.checkpoint, config, of_data)
-        return model if recipe.lora is None else _with_adapters(recipe, model)
+        if recipe.task == "causal-lm" and model.loss_type is None:
+            model.loss_type = "ForCausalLM"  # or a Trainer would count the first token of GPT-2 as predicted
+        return model
 
     def trainer_kwargs(self) -> dict[str, Any]:
         """What the sites' Trainers take beside model, arguments and data."""
@@ -68,6 +85,8 @@ class Federation:
         pads = self.recipe.task == "text-classification"
         collator = DataCollatorWithPadding(self.data.tokenizer) if pads else default_data_collator
         judged = {"compute_metrics": accuracy, "preprocess_logits_for_metrics": choices}
+        if self.recipe.task == "segmentation":
+            judged = {"compute_metrics": overlap, "preprocess_logits_for_metrics": predicted_masks}
         return {
             "data_collator": collator,
             "processing_class": self.data.tokenizer,
@@ -78,6 +97,18 @@ class Federation:
         """What stands at a site, which keeps its state in `folder`."""
         store = SiteStore(folder)
         return FederatedClient(self.recipe, self.model, self.data.site, store, trainer_kwargs=self.trainer_kwargs())
+
+
+def _segmentation_model(recipe: FederateRecipe, num_channels: int) -> "torch.nn.Module":
+    from hf_mlopt.federated.segmentation_models import SegmentationModel
+
+    options = {"num_channels": num_channels, **(recipe.model_config or {})}
+    try:
+        return SegmentationModel(recipe.model_type, **options)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model_config.{error.field}", error.value, str(error).partition(": ")[2]) from None
+    except TypeError as error:
+        raise ConfigurationError("model_config", recipe.model_config, " ".join(str(error).split())) from error
 
 
 def _with_adapters(recipe: FederateRecipe, model: "torch.nn.Module") -> "torch.nn.Module":
@@ -102,7 +133,11 @@ def check(recipe: FederateRecipe) -> None:
     output = Path(recipe.output_dir).resolve()
     if output.exists() and not output.is_dir():
         raise ConfigurationError("output_dir", recipe.output_dir, "is a file; name a directory")
-    if not recipe.resume_from_checkpoint and output.is_dir() and any(output.iterdir()):
+    if (
+        not recipe.resume_from_checkpoint
+        and output.is_dir()
+        and any(path.name != "sites" for path in output.iterdir())
+    ):
         raise ConfigurationError(
             "output_dir",
             recipe.output_dir,
@@ -120,14 +155,18 @@ def check(recipe: FederateRecipe) -> None:
     for name, source in sources.items():
         if source and is_text_file(source) and not Path(source).is_file():
             raise ConfigurationError(name, source, "no such file")
-    load_config(recipe, resolve_checkpoint(recipe.model) if recipe.model else None)
+    if recipe.task == "segmentation":
+        _segmentation_model(recipe, 3)
+    else:
+        load_config(recipe, resolve_checkpoint(recipe.model) if recipe.model else None)
 
 
 def federate(recipe: FederateRecipe, engine: "Engine | None" = None) -> tuple[dict, Path]:
     """
     Carries out a recipe as the server.
 
-    Writes the model with its tokenizer, `recipe.yaml`, `federated_results.json` and the plot into `output_dir`.
+    Writes the model with its tokenizer, `recipe.yaml`, `federated_results.json` and the plot into `output_dir`; of
+    adapters to random weights also these, as `base`.
 
     Args:
         recipe (`FederateRecipe`): What to do.
@@ -139,23 +178,48 @@ def federate(recipe: FederateRecipe, engine: "Engine | None" = None) -> tuple[di
     Raises:
         InputError: For anything that cannot be done, before the first round.
     """
+    from transformers import set_seed
+
     from hf_mlopt.federated import FederatedTrainer
+    from hf_mlopt.workflows.segmentation_report import (
+        OverlayCallback,
+        report,
+        save_super_model,
+        super_model_of,
+    )
 
     check(recipe)
     federation, output = Federation(recipe), Path(recipe.output_dir).resolve()
     data = federation.data
+    # Where sites are elsewhere their images are as well.
+    is_drawn = recipe.task == "segmentation" and engine is None
+    callbacks = [OverlayCallback(recipe.overlay_every, data, output)] if is_drawn else []
     trainer = FederatedTrainer(
         federation.model,
         recipe,
         {name: partial(data.site, name) for name in data.names} if engine is None else None,
         engine=engine,
         eval_dataset=data.evaluation if recipe.evaluate_every else None,
+        callbacks=callbacks,
         **federation.trainer_kwargs(),
     )
+    for callback in callbacks:
+        callback.trainer = trainer
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     results = _results(recipe, trainer, data, time.perf_counter() - started)
     trainer.save_model(str(output))
+    if recipe.lora is not None and recipe.model is None:  # adapters are nothing without weights that are nowhere else
+        set_seed(recipe.seed)
+        federation.base_model().save_pretrained(output / "base")
+    if is_drawn:
+        results["segmentation"] = report(trainer, data, output)
+    elif recipe.task == "segmentation":
+        save_super_model(super_model_of(trainer), output, {})
+    if recipe.task == "segmentation":
+        trainer.load_server_model()
+        (output / "README.md").write_text(segmentation_card(output.name, results), encoding="utf-8")
+        trainer.model.save_pretrained(output)
     _write(recipe, results, output)
     return results, output
 
@@ -172,6 +236,9 @@ def site_rows(results: dict) -> list[dict[str, Any]]:
         final model on its own rows, and `megabytes` (sent by it, all in all).
     """
     rounds, found = results["rounds"], results["rounds"][-1].get("evaluation", {}).get("sites", {})
+    if "segmentation" in results:
+        of_sites = results["segmentation"]["sites"]
+        found = {site: {f"dice_{m}": one[m] for m in _MODELS if m in one} for site, one in of_sites.items()}
     names = sorted({site for row in rounds for site in row["sites"]} | set(found))
     table = []
     for name in names:
@@ -209,11 +276,16 @@ def _results(recipe: FederateRecipe, trainer: "FederatedTrainer", data: Federate
         "evaluation": {name: value for name, value in last.get("evaluation", {}).items() if name != "sites"},
         "server": last.get("server"),
         "seconds": seconds,
-        "bytes_down": sum(row["bytes_down"] for row in trainer.history),
+        "bytes_down": sum(row["bytes_down"] + row.get("bytes_evaluation", 0) for row in trainer.history),
         "bytes_up": sum(row["bytes_up"] for row in trainer.history),
         "device": recipe.device.type,
         "data": data.record,
         "environment": environment(),
+        **(
+            {"auto_fedrl": recipe.auto_fedrl, "trace": trainer.algorithm.trace}
+            if recipe.auto_fedrl is not None
+            else {}
+        ),
         "rounds": trainer.history,
     }
 
@@ -223,8 +295,10 @@ def _write(recipe: FederateRecipe, results: dict, output: Path) -> None:
     written = make_dataclass("Written", [(name, Any) for name in recipe.given])(**recipe.given)
     save_yaml(written, output / "recipe.yaml")
     if recipe.plot is not False:
-        from hf_mlopt.workflows.federate_plot import plot_rounds
+        from hf_mlopt.workflows.federate_plot import plot_rounds, plot_trace
 
         path = plot_path(recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
         plot_rounds(results, path)
+        if "trace" in results:
+            plot_trace(results["trace"], path.with_name("auto_fedrl.png"))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,6 +106,8 @@ class FederatedData:
         if recipe.eval_dataset is not None:
             rows = self._read("eval_dataset", recipe.eval_dataset, None)
         elif recipe.task == "text-classification" and recipe.dataset != "embedded":
+            if Path(recipe.dataset).is_file():  # all of its rows are dealt to the sites
+                return None
             try:
                 rows = self._read("dataset", recipe.dataset, "test")
             except InputError:  # it has no such split
@@ -119,20 +122,33 @@ class FederatedData:
         if not self.recipe.is_text:
             return None
         if self.recipe.site_datasets is not None:
-            return recipe_tokenizer(self.recipe, self.checkpoint, [])
-        documents = self._documents[0] if self.recipe.task == "causal-lm" else self._labelled.texts
-        return recipe_tokenizer(self.recipe, self.checkpoint, documents)
+            documents = []
+        else:
+            documents = self._documents[0] if self.recipe.task == "causal-lm" else self._labelled.texts
+        tokenizer = recipe_tokenizer(self.recipe, self.checkpoint, documents)
+        if self.recipe.task == "text-classification" and tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise ConfigurationError(
+                    "tokenizer", self.recipe.tokenizer, "has no pad_token for texts of different lengths; give it one"
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     @cached_property
     def shape(self) -> tuple[int, int, int] | None:
         """Of an image: channels, height, width."""
-        return None if self.recipe.is_text else self._first.images.shape[1:]
+        recipe = self.recipe
+        if recipe.is_text:
+            return None
+        if recipe.num_channels and recipe.image_size:
+            return (recipe.num_channels, recipe.image_size, recipe.image_size)
+        return self._first.images.shape[1:]
 
     @cached_property
     def label_names(self) -> list[str]:
         """Of images, or of texts with labels."""
-        if self.recipe.task == "causal-lm":
-            return []
+        if self.recipe.class_names is not None or self.recipe.task == "causal-lm":
+            return self.recipe.class_names or []
         return (self._labelled if self.recipe.is_text else self._first).label_names
 
     @cached_property
@@ -177,6 +193,7 @@ class FederatedData:
 
     def _image_rows(self, name: str, source: str, split: str | None) -> Rows:
         data = self._sized(read_images(name, source, split))
+        data.labels, data.label_names = self._renumbered(name, source, data.labels, data.label_names)
         if name != "dataset" and (data.label_names, data.images.shape[1:]) != (self.label_names, self.shape):
             raise ConfigurationError(
                 name,
@@ -192,13 +209,28 @@ class FederatedData:
 
     def _labelled_rows(self, name: str, source: str, split: str | None) -> Rows:
         data = self._labelled if name == "dataset" and split != "test" else _labelled(name, source, split or "test")
-        if data.label_names != self.label_names:
-            raise ConfigurationError(name, source, f"has labels {data.label_names}, others {self.label_names}")
+        labels, names = self._renumbered(name, source, np.asarray(data.labels), data.label_names)
+        if names != self.label_names:
+            raise ConfigurationError(
+                name, source, f"has labels {names}, others {self.label_names}; list all in label_names"
+            )
         from datasets import Dataset
 
         encoded = self.tokenizer(data.texts, truncation=True, max_length=self.recipe.sequence_length)
-        dataset = Dataset.from_dict({**encoded, "labels": data.labels})
-        return Rows(dataset.select, np.asarray(data.labels), data.provenance, data.sites)
+        dataset = Dataset.from_dict({**encoded, "labels": labels})
+        return Rows(dataset.select, labels, data.provenance, data.sites)
+
+    def _renumbered(
+        self, name: str, source: str, labels: np.ndarray, names: list[str]
+    ) -> tuple[np.ndarray, list[str]]:
+        """Labels by the numbers that `label_names` of the recipe gives them: a site may not have all."""
+        wanted = self.recipe.class_names
+        if wanted is None:
+            return labels, names
+        unknown = sorted(set(names) - set(wanted))
+        if unknown:
+            raise ConfigurationError(name, source, f"has labels {unknown}, which label_names does not list")
+        return np.asarray([wanted.index(label) for label in names])[labels], wanted
 
     def _sized(self, data: ImageData) -> ImageData:
         if self.recipe.image_size:

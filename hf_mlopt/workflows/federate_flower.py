@@ -7,8 +7,10 @@ This module is the application of Flower's two ends, which find [`answer_factory
 import dataclasses
 import json
 import logging
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import yaml
 
 from hf_mlopt.configuration import load_config, save_yaml
 from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.federated import RoundFailed
 from hf_mlopt.federated.engines.flower_deployment import LocalFlower
 from hf_mlopt.federated.engines.flower_runs import Link, require_flower, submit, write_app
 from hf_mlopt.workflows.federate import Federation, check, federate
@@ -43,6 +46,7 @@ def federate_on_flower(recipe: FederateRecipe) -> tuple[dict | None, Path]:
 
     Raises:
         InputError: If Flower is missing, the SuperLink is not to be trusted, or the recipe cannot be carried out.
+        RoundFailed: If a round has too few sites, or the server's process has ended in another way.
     """
     require_flower(recipe.flower_simulation)
     output = Path(recipe.output_dir).resolve()
@@ -50,13 +54,14 @@ def federate_on_flower(recipe: FederateRecipe) -> tuple[dict | None, Path]:
         certificates = None if recipe.root_certificates is None else Path(recipe.root_certificates).resolve()
         with tempfile.TemporaryDirectory(prefix="hf-mlopt-flower-") as folder:
             app = write_app(Path(folder) / "app", _APPLICATION, _run_config(recipe))
-            submit(app, Link(recipe.superlink, certificates), Path(folder) / "home", _show, _longest(recipe))
+            with _failures():
+                submit(app, Link(recipe.superlink, certificates), Path(folder) / "home", _show, _longest(recipe))
         return None, Path(recipe.output_dir)
     check(recipe)
     names = Federation(recipe).data.names
     run_config = {**_run_config(recipe), "sites": ",".join(names), "state": str(output / "sites")}
     with tempfile.TemporaryDirectory(prefix="hf-mlopt-flower-") as folder:
-        with LocalFlower(Path(folder), names, simulation=recipe.flower_simulation) as flower:
+        with _failures(), LocalFlower(Path(folder), names, simulation=recipe.flower_simulation) as flower:
             flower.run(_APPLICATION, run_config, _show, _longest(recipe))
     return json.loads((output / "federated_results.json").read_text(encoding="utf-8")), output
 
@@ -64,7 +69,8 @@ def federate_on_flower(recipe: FederateRecipe) -> tuple[dict | None, Path]:
 def answer_factory(run_config: dict[str, Any], node_config: dict[str, Any]) -> tuple[str, Callable]:
     """
     What stands at a site. Its node configuration says `site`; where the site has data that the recipe does not name,
-    `data`; and `state`, the folder for what it keeps to itself.
+    `data`, and `release_personal` where its personal model of FedSM may be handed to users; and `state`, the folder
+    for what it keeps to itself.
     """
     recipe = _recipe(run_config)
     name = node_config.get("site")
@@ -72,16 +78,39 @@ def answer_factory(run_config: dict[str, Any], node_config: dict[str, Any]) -> t
         name = run_config["sites"].split(",")[int(node_config["partition-id"])]
     if "data" in node_config:
         recipe.site_datasets = {**(recipe.site_datasets or {}), name: node_config["data"]}
+        # What a recipe from elsewhere says of this is no consent.
+        recipe.release_personal = bool(node_config.get("release_personal", False))
+    _check_demands(name, recipe, node_config)
     state = node_config.get("state", run_config.get("state"))
     if state is None:
         raise ConfigurationError("state", None, f"the node of site {name!r} needs a folder: --node-config 'state=...'")
     return name, Federation(recipe).client(Path(state)).answer
 
 
+def _check_demands(site: str, recipe: FederateRecipe, node_config: dict[str, Any]) -> None:
+    """What a site insists on, whatever recipe the server sends."""
+    if node_config.get("secure_sum") and not recipe.secure_sum:
+        raise ConfigurationError("secure_sum", False, f"site {site!r} takes part in masked sums only")
+    least = node_config.get("noise_multiplier", 0.0)
+    if recipe.noise_multiplier < least:
+        remedy = f"site {site!r} demands at least {least:g}"
+        raise ConfigurationError("noise_multiplier", recipe.noise_multiplier, remedy)
+
+
 def serve(engine: "Engine", run_config: dict[str, Any]) -> None:
     """All rounds, as the server."""
     logging.getLogger("hf_mlopt").setLevel(logging.INFO)
     federate(_recipe(run_config), engine)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """What has ended the server's process, as it would have ended this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.findall(r"RoundFailed: (.*)", str(error))
+        raise RoundFailed(told[-1] if told else str(error)) from error
 
 
 def _recipe(run_config: dict[str, Any]) -> FederateRecipe:
@@ -122,7 +151,7 @@ def _resolved(source: str) -> str:
 
 def _longest(recipe: FederateRecipe) -> float:
     """Seconds of a whole run, for the process that waits for it: every exchange may take its time."""
-    return (recipe.round_timeout or _TIMEOUT) * (3 * recipe.num_rounds + 3)
+    return (recipe.round_timeout or _TIMEOUT) * (8 * recipe.num_rounds + 3)
 
 
 def _show(line: str) -> None:

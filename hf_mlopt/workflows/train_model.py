@@ -35,6 +35,7 @@ _EXAMPLES = {
     "causal-lm": ("word_lm", "gpt2", "llama"),
     "image-classification": ("vit", "resnet", "convnext"),
     "text-classification": ("bert", "distilbert", "roberta"),
+    "segmentation": ("unet", "segformer", "unet3d"),
 }
 
 
@@ -43,6 +44,8 @@ def _model_types(task: str) -> list[str]:
 
     if task == "image-classification":
         return list(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    if task == "segmentation":
+        return list(_EXAMPLES[task])
     if task == "text-classification":
         return list(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
     return ["word_lm", *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]

@@ -88,6 +88,8 @@ class AutoFedRL:
     groups = property(lambda self: self.inner.groups)
     last_rounds = property(lambda self: self.inner.last_rounds)
     sends_model = property(lambda self: self.inner.sends_model)
+    fraction = property(lambda self: self.inner.fraction)
+    min_sites = property(lambda self: self.inner.min_sites)
 
     def setup(self, sites: Sequence[str], init: Message, seed: int) -> None:
         """As [`ServerAlgorithm.setup`]."""

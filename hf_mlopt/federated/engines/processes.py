@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -99,10 +100,14 @@ class _Worker:
         theirs.close()  # so that the end of the process is the end of the pipe
 
     def send(self, site: str, message: Message) -> None:
+        """Returns at once: a pipe takes no more than its buffer from a worker that does not read."""
+        threading.Thread(target=self._send, args=(site, message), daemon=True).start()
+
+    def _send(self, site: str, message: Message) -> None:
         try:
             self.connection.send((site, *message.to_flat()))
-        except OSError:
-            pass  # it has died, which `receive` finds
+        except (OSError, ValueError):
+            pass  # it has died, which `receive` finds, or has been stopped
 
     def receive(self) -> Message | None:
         try:

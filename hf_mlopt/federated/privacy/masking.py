@@ -48,8 +48,9 @@ def request_of(message: Message) -> Request:
 def new_key(folder: Path, site: str, message: Message) -> Message:
     """
     A key for one vector, in a file, since the process that is asked for the vector need not be the one that is asked
-    for the key. [`masked`] removes it, so that neither a restart nor a message that comes twice can use a mask again,
-    nor a server ask for the same update in sums over different sites.
+    for the key. [`masked`] removes it, so that neither a restart nor a message that comes twice can use a mask again.
+    That holds off a server that follows the protocol: one that asks anew for the same round, without one of the
+    sites, learns that site's update as the difference of two sums.
 
     Args:
         folder (`Path`): The site's own.

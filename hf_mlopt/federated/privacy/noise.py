@@ -48,8 +48,9 @@ def noisy(change: Group, scale: float, secret: bytes, sent: Message) -> dict[str
     Δ + N(0, scale²) in every entry.
 
     The noise is a function of the secret, of what was asked and of Δ. So a message that comes again, after a lost
-    reply or from a curious server, gets the same noise, which no number of askings averages out; and two different Δ
-    never share it, for their difference would then show through.
+    reply, gets the same noise; and two different Δ never share it, for their difference would then show through. A
+    server that asks otherwise than the protocol says, by a bit of the model or another seed, gets fresh noise each
+    time, and averages it out: ε holds for one that asks once a round.
 
     Args:
         change (`Group`): Δ, in units of the weights.
