@@ -283,6 +283,7 @@ def test_settings_that_differ_are_refused_by_name_until_they_agree(closing, fold
             shop.wait_ready(5)
         with pytest.raises(HandshakeRefused):
             bank.push("shop", b"")
+        eventually(lambda: audit.of("refused"))  # bank may have learnt of it by dialling, before shop dialled
         assert "batch_size" in audit.of("refused")[0]["detail"]
         assert audit.of("connected") == []
     start(closing, "shop", two, folder, settings={**common, "batch_size": 256})

@@ -9,10 +9,11 @@ import pytest
 from scipy import sparse
 
 from hf_mlopt.errors import ConfigurationError, InputError
-from hf_mlopt.secure_sum import Party, Roster
+from hf_mlopt.secure_sum import FixedPoint, Party, Roster
 from hf_mlopt.vertical.aggregate import PairwiseSharing, PlainSharing, sum_request
 from hf_mlopt.vertical.arguments import Parties, VerticalArguments
 from hf_mlopt.vertical.budget import LeakBudget, LeakBudgetExceeded, automatic_budget
+from hf_mlopt.vertical.climb import TreeSharing
 from hf_mlopt.vertical.inbox import Inbox
 from hf_mlopt.vertical.messages import HEADER_BYTES, Frame, FrameError, Kind, Purpose, parse_frame
 from hf_mlopt.vertical.party import VerticalParty
@@ -62,6 +63,8 @@ class Federation:
             if keys:
                 keys[name].join(roster)
             sharing = PairwiseSharing(keys[name]) if keys else PlainSharing(names)
+            if self.arguments.mask == "tree":
+                sharing = TreeSharing(name, names, FixedPoint(len(names)), 20.0)
             block = sparse.csr_array(X[:, split]) if is_sparse else X[:, split]
             labels = y if name in facts.label_holders(self.arguments.labels) else None
             pause = (compute or {}).get(name)
@@ -125,7 +128,7 @@ def relative(one, two):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("algorithm", ["sgd", "svrg", "saga"])
-@pytest.mark.parametrize("mask", ["none", "pairwise"])
+@pytest.mark.parametrize("mask", ["none", "pairwise", "tree"])
 @pytest.mark.parametrize("share", [False, True])
 def test_synchronous_parties_equal_one_machine(federate, algorithm, loss, mask, share):
     """A1, every iterate."""
@@ -147,7 +150,7 @@ def test_any_number_of_parties_equals_one_machine(federate, parties, is_sparse):
     X, y = problem()
     splits = random_split(17, parties, seed=parties)
     options = {"mode": "sync", "max_steps": 9, "l2": 0.05, "learning_rate": 0.1, "is_sparse": is_sparse}
-    for mask in ("none", "pairwise")[: 1 + (parties > 2)]:
+    for mask in ("none", "pairwise", "tree")[: 3 if parties > 2 else 1]:
         federation = federate(X, y, splits, mask=mask, **options).train()
         exact = twin(federation, X, y, splits, "saga", "logistic", 9)[-1]
         assert relative(federation.weights, exact) <= (1e-12 if mask == "none" else 1e-6)
@@ -162,7 +165,9 @@ def test_only_label_holders_train(federate):
         assert trained == ({"p00", "p02"} if "recipients" in options else {"p00"})
 
 
-@pytest.mark.parametrize("ways", [{}, {"inflight": 3}, {"push_ahead": 3}, {"mask": "none", "inflight": 2}])
+@pytest.mark.parametrize(
+    "ways", [{}, {"inflight": 3}, {"push_ahead": 3}, {"mask": "none", "inflight": 2}, {"mask": "tree", "inflight": 2}]
+)
 @pytest.mark.parametrize("algorithm", ["svrg", "saga"])
 def test_asynchronous_parties_reach_the_optimum(federate, algorithm, ways):
     """A2 in small, with real masks."""
@@ -437,6 +442,8 @@ def test_scores_of_other_rows_go_to_the_label_owner_only(federate):
     first = np.hstack([other[:, splits[0]], np.ones((11, 1))])
     whole = np.hstack([first, other[:, splits[1]], other[:, splits[2]]])
     np.testing.assert_allclose(federation.parties[0].predict(1), whole @ federation.weights, atol=1e-6)
+    trained = np.hstack([X[:, splits[0]], np.ones((23, 1)), X[:, splits[1]], X[:, splits[2]]])
+    np.testing.assert_allclose(federation.parties[0].predict(0), trained @ federation.weights, atol=1e-6)
     with pytest.raises(InputError, match="party 'p00' refuses: 'p01' may not ask for PREDICT"):  # whatever p01 runs
         thief = federation.parties[1].collector
         thief.collect(thief.ask(Purpose.PREDICT, 0, dataset=1))

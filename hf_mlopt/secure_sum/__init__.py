@@ -11,6 +11,9 @@ _PUBLIC = {
     "Party": "hf_mlopt.secure_sum.pairwise",
     "Request": "hf_mlopt.secure_sum.roster",
     "Roster": "hf_mlopt.secure_sum.roster",
+    **dict.fromkeys(
+        ("build_trees", "climb", "hops", "mask_share", "unmask", "validate_trees"), "hf_mlopt.secure_sum.tree"
+    ),
 }
 
 __all__, __getattr__ = lazy_names(__name__, _PUBLIC)

@@ -87,6 +87,9 @@ class VerticalArguments:
             keeps them with their owner.
         backward (`str`, *optional*): With owner labels, how others get gradients: `none` (only the owner's block
             trains), `he`, `dp`, or `plain`, which discloses all labels.
+        dp_epsilon (`float`, *optional*): With `backward=dp`, bound of what all derivatives together tell of a label.
+        dp_delta (`float`, *optional*, defaults to 1e-6): Probability left out of that bound; below one over the rows.
+        dp_clip (`float`, *optional*): Bound of a row's derivative, which ridge needs with `backward=dp`.
         on_dropout (`str`, *optional*, defaults to `"abort"`): When a party is lost: `abort`; `wait` for it; `exclude`
             it, which discloses its share of the last sum.
         query_budget (`str` or `int`, *optional*, defaults to `"auto"`): Versions of the weights at which a party may
@@ -96,6 +99,8 @@ class VerticalArguments:
         max_staleness (`int`, *optional*): Updates by others since a sum was read, above which it is dropped and asked
             for again, async only.
         delay_compensation (`bool`, *optional*, defaults to `True`): Parties that update more rarely take longer steps.
+        finish (`str`, *optional*, defaults to `"all"`): Training ends when `all` parties have made their steps, or
+            with the `first` that has, async only.
         timeout (`float`, *optional*, defaults to 60.0): Seconds after which a silent party is lost.
         seed (`int`, *optional*, defaults to 42): Of the batches; public.
     """
@@ -119,11 +124,15 @@ class VerticalArguments:
     allow_unsafe: bool = False
     labels: Literal["shared", "owner"] = "shared"
     backward: Literal["none", "he", "dp", "plain"] | None = None
+    dp_epsilon: float | None = None
+    dp_delta: float = 1e-6
+    dp_clip: float | None = None
     on_dropout: Literal["abort", "wait", "exclude"] = "abort"
     query_budget: Literal["auto"] | int | None = "auto"
     accept_gram_disclosure: bool = False
     max_staleness: int | None = None
     delay_compensation: bool = True
+    finish: Literal["all", "first"] = "all"
     timeout: float = 60.0
     seed: int = 42
 
@@ -136,6 +145,7 @@ class VerticalArguments:
             "labels": ("shared", "owner"),
             "backward": (None, "none", "he", "dp", "plain"),
             "on_dropout": ("abort", "wait", "exclude"),
+            "finish": ("all", "first"),
         }
         for field, allowed in choices.items():
             self._require(field, getattr(self, field) in allowed, f"must be one of {', '.join(map(str, allowed))}")
@@ -166,6 +176,7 @@ class VerticalArguments:
             reason = "has no effect with mode=sync, where every step waits for all shares; use mode=async"
             self._require("inflight", self.inflight == 1, reason)
             self._require("push_ahead", self.push_ahead == 0, reason)
+            self._require("finish", self.finish == "all", reason)
             self._require("max_staleness", self.max_staleness is None, reason)
             self._require("on_dropout", self.on_dropout == "abort", "needs mode=async; a barrier cannot go on")
         else:
@@ -183,6 +194,14 @@ class VerticalArguments:
         self._require("backward", self.backward is not None, ways)
         plain = "discloses every label through the sign of theta; use he or dp, or set allow_unsafe=true"
         self._require("backward", self.backward != "plain" or self.allow_unsafe, plain)
+        is_sent = self.backward in ("he", "dp", "plain")
+        text = "sends others no derivatives at an anchor; use saga or sgd"
+        self._require("algorithm", self.algorithm != "svrg" or not is_sent, f"with backward={self.backward} {text}")
+        has_bound = self.dp_epsilon is not None and 0 < self.dp_epsilon < float("inf")
+        self._require("dp_epsilon", self.backward != "dp" or has_bound, "backward=dp needs a number above 0")
+        self._require("dp_delta", 0 < self.dp_delta < 1, "must lie between 0 and 1, below one over the rows")
+        has_clip = self.dp_clip is not None and self.dp_clip > 0
+        self._require("dp_clip", self.backward != "dp" or self.loss != "ridge" or has_clip, "ridge needs it above 0")
 
     def num_steps(self, num_rows: int) -> int:
         """Updates that each label holder makes."""
@@ -218,11 +237,12 @@ class VerticalArguments:
         Raises:
             ConfigurationError: Naming field, value and remedy.
         """
-        self._check_masks(len(parties.names))
+        self.check_masks(len(parties.names))
         self._check_gradients(parties)
         self._check_budget(parties)
 
-    def _check_masks(self, num_parties: int):
+    def check_masks(self, num_parties: int):
+        """The part of [`check`] that needs no more than the number of parties."""
         if num_parties < 3:
             one = "hides nothing from one other party, who subtracts its own share; set mask=none"
             also = " and accept_two_party_disclosure=true" if num_parties == 2 else ""
@@ -239,6 +259,9 @@ class VerticalArguments:
     def _check_gradients(self, parties: Parties):
         if self.backward in (None, "none"):
             return
+        if self.backward == "dp":
+            is_small = self.dp_delta < 1 / parties.num_rows
+            self._require("dp_delta", is_small, f"must be below one over the rows, 1 / {parties.num_rows}")
         for name, count in parties.num_features.items():
             if name == parties.label_owner:
                 continue

@@ -26,6 +26,9 @@ class SyncUpdater(Updater):
             if after_step is not None:
                 after_step(self)
 
+    def _age(self, total: Sum) -> int:
+        return 0  # others go on to the next step only with this one's share
+
     def _take_anchor(self, number: int):
         block, num_batches = self.optimizer.block, self.schedule.num_batches
         z = self.optimizer.theta.copy()  # of the right shape; every row is overwritten
@@ -51,7 +54,9 @@ class SyncUpdater(Updater):
         pending = self.collector.ask(purpose, batch, round_id=round_id, mark=mark, pushing=others)
         total = self.collector.collect(pending)
         if self.arguments.share_aggregates:
-            data = Frame(Kind.SUM, purpose, self.responder.run, round_id, self.store.version, batch, mark, 0, total.z)
+            data = Frame(
+                Kind.SUM, purpose, self.responder.run, round_id, self.store.version, batch, mark, values=total.z
+            )
             for peer in others:
                 self.collector.transport.push(peer, data.to_bytes())
         return total

@@ -67,6 +67,10 @@ class LeakBudget:
         """Drops the views of a data set whose rows are replaced by others."""
         self._views = {key: views for key, views in self._views.items() if key[1] != dataset}
 
+    def count(self, requester: str, dataset: int, batch: int) -> int:
+        """Views of a batch that a requester was given."""
+        return self._views.get((requester, dataset, batch), (0,))[0]
+
     def used(self) -> dict[str, int]:
         """Most views of any row, for each requester."""
         most = dict.fromkeys(self.limits, 0)

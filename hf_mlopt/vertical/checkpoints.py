@@ -25,7 +25,7 @@ def save_state(party: VerticalParty, folder: str | Path):
         folder (`str` or `Path`): Replaced if it exists. It tells labels and weights: keep it as safe as the data.
     """
     folder, arrays = Path(folder), {}
-    scalars = {"run": party.responder.run.hex(), "party": party.name, "state": _split(party.state_dict(), "", arrays)}
+    scalars = {"run": party.digest.hex(), "party": party.name, "state": _split(party.state_dict(), "", arrays)}
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, mode=0o700)
@@ -53,7 +53,7 @@ def load_state(party: VerticalParty, folder: str | Path, *, new_keys: bool = Tru
         scalars = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
     except Exception as error:  # safetensors raises its own kinds
         raise InputError(f"checkpoint={str(folder)!r}: cannot be read ({error}); take another one") from error
-    for field, own in (("party", party.name), ("run", party.responder.run.hex())):
+    for field, own in (("party", party.name), ("run", party.digest.hex())):
         if scalars[field] != own:
             text = f"checkpoint={str(folder)!r}: is of {field} {scalars[field]!r}, this is {own!r}; roster, arguments "
             raise InputError(f"{text}and code version must be those it was made with")
@@ -83,7 +83,7 @@ def save_block(party: VerticalParty, folder: str | Path, feature_names: list[str
     save_file(tensors, folder / WEIGHTS, metadata={"format": "np"})
     arguments = party.arguments
     config = {"model_type": "vertical_linear", "party": party.name, "label_owner": party.parties.label_owner}
-    config |= {"parties": list(party.parties.names), "run": party.responder.run.hex(), "version": party.store.version}
+    config |= {"parties": list(party.parties.names), "run": party.digest.hex(), "version": party.store.version}
     config |= {name: getattr(arguments, name) for name in ("algorithm", "loss", "num_labels", "mode", "mask", "l2")}
     config["feature_names"] = names
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -77,6 +77,11 @@ class Inbox:
                     if peer not in self._done and self.versions[peer] == before[peer]:
                         raise PeerLost(peer, f"no progress within {silence:g} s")
 
+    @property
+    def is_anyone_done(self) -> bool:
+        """Whether a peer has made its last step."""
+        return bool(self._done)
+
     def _check_alive(self, peers: Iterable[str]):
         for peer in peers:
             if peer in self._failed:

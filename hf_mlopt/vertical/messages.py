@@ -26,6 +26,12 @@ class Kind(enum.IntEnum):
     REFUSED = 5  # in place of a share; the payload is the reason in UTF-8
     DONE = 6  # the sender will ask for nothing more
     FAILED = 7  # the sender ends, and its share will never come
+    CLIMB = 8  # words of some parties on their way up a tree
+    KEY = 9  # of the label owner, for encrypted derivatives
+    THETA = 10  # derivatives of a batch, for a party without labels
+    CIPHER = 11  # the same, encrypted
+    PLAIN = 12  # masked gradient, decrypted
+    RECEIPT = 13  # the answer to one of these four
 
 
 class Purpose(enum.IntEnum):
@@ -37,9 +43,11 @@ class Purpose(enum.IntEnum):
     PREDICT = 4  # scores of the current weights
 
 
-_HEADER = struct.Struct("<4sBBBB16sQQIIII")
+_HEADER = struct.Struct("<4sBBBB16sBQQIIII")
 _MAGIC = b"hfv1"
-_DTYPES = {0: None, 1: np.dtype("<u8"), 2: np.dtype("<f8")}
+_DTYPES = {0: None, 1: np.dtype("<u8"), 2: np.dtype("<f8"), 3: np.dtype("u1")}
+_CODES = {np.dtype(np.uint64): 1, np.dtype(np.float64): 2, np.dtype(np.uint8): 3}
+_WITH_WORDS = (Kind.SHARE, Kind.SUM, Kind.CLIMB, Kind.KEY, Kind.THETA, Kind.CIPHER, Kind.PLAIN, Kind.RECEIPT)
 HEADER_BYTES = _HEADER.size
 MAX_PAYLOAD = 1 << 26  # bytes; a batch of a million rows has eight
 
@@ -57,8 +65,10 @@ class Frame:
         batch (`int`, *optional*, defaults to 0): Which rows.
         mark (`int`, *optional*, defaults to 0): Number of the anchor whose weights are meant; see also [`Kind`].
         dataset (`int`, *optional*, defaults to 0): 0 are the training rows.
-        values (`np.ndarray`, *optional*): `[rows, K]`, uint64 when masked, else float64.
+        values (`np.ndarray`, *optional*): `[rows, K]`, uint64 when masked, float64, or bytes.
         text (`str`, *optional*, defaults to `""`): Reason of a refusal.
+        route (`int`, *optional*, defaults to 0): Of words that climb: twice the number of the party that gets the
+            sum, plus 1 in the tree of the masks.
     """
 
     kind: Kind
@@ -71,16 +81,17 @@ class Frame:
     dataset: int = 0
     values: np.ndarray | None = field(default=None, repr=False)
     text: str = ""
+    route: int = 0
 
     def to_bytes(self) -> bytes:
         """The frame as sent."""
         code, shape, payload = 0, (0, 0), self.text.encode()
         if self.values is not None:
-            code = 1 if self.values.dtype == np.uint64 else 2
+            code = _CODES[self.values.dtype]
             shape, payload = self.values.shape, np.ascontiguousarray(self.values, _DTYPES[code]).tobytes()
         elif payload:
             shape = (len(payload), 1)
-        head = (_MAGIC, self.kind, self.purpose, code, self.dataset, self.run, self.round_id, self.version)
+        head = (_MAGIC, self.kind, self.purpose, code, self.dataset, self.run, self.route, self.round_id, self.version)
         return _HEADER.pack(*head, self.batch, self.mark, *shape) + payload
 
 
@@ -98,9 +109,8 @@ def parse_frame(data: bytes, run: bytes) -> Frame:
     """
     if len(data) < HEADER_BYTES:
         raise FrameError(f"frame of {len(data)} bytes: a header has {HEADER_BYTES}; drop it")
-    magic, kind, purpose, code, dataset, sender_run, round_id, version, batch, mark, rows, words = _HEADER.unpack_from(
-        data
-    )
+    magic, kind, purpose, code, dataset, sender_run, route, *numbers = _HEADER.unpack_from(data)
+    round_id, version, batch, mark, rows, words = numbers
     if magic != _MAGIC:
         raise FrameError(f"frame starts with {magic!r}, not {_MAGIC!r}: another program or version; drop it")
     if sender_run != run:
@@ -120,6 +130,6 @@ def parse_frame(data: bytes, run: bytes) -> Frame:
         values = np.frombuffer(data, dtype, offset=HEADER_BYTES).reshape(rows, words).copy()
     elif size:
         text = data[HEADER_BYTES:].decode("utf-8", "replace")
-    if (dtype is not None) != (kind in (Kind.SHARE, Kind.SUM)):
+    if (dtype is not None) != (kind in _WITH_WORDS):
         raise FrameError(f"frame of kind {kind.name} {'with' if dtype else 'without'} words; drop it")
-    return Frame(kind, purpose, sender_run, round_id, version, batch, mark, dataset, values, text)
+    return Frame(kind, purpose, sender_run, round_id, version, batch, mark, dataset, values, text, route)

@@ -1,9 +1,10 @@
-"""Metrics of scores at the label owner."""
+"""Metrics of scores at the label owner, and of a party's training."""
 
 import numpy as np
 from scipy.special import expit, softmax
 from sklearn import metrics
 
+from hf_mlopt.vertical.updater import Updater
 from hf_mlopt.vertical.updates.losses import Loss
 
 
@@ -19,6 +20,27 @@ def predictions(loss: Loss, z: np.ndarray) -> np.ndarray:
     if loss.name == "logistic":
         return expit(z[:, 0])
     return z[:, 0] if loss.name == "ridge" else softmax(z, axis=1)
+
+
+def training_speed(updater: Updater, seconds: float) -> dict[str, float]:
+    """
+    Args:
+        updater ([`Updater`]): Of a party that has trained.
+        seconds (`float`): How long.
+
+    Returns:
+        `dict[str, float]`: `updates`, `updates_per_second`, `share_waiting` (of its time), `mean_staleness` and
+            `max_staleness` (updates by others between a step's read and its write), `dropped_sums`.
+    """
+    ages, updates = updater.overlap, sum(updater.overlap.values())
+    return {
+        "updates": updates,
+        "updates_per_second": updates / seconds,
+        "share_waiting": updater.collector.seconds_waiting / seconds,
+        "mean_staleness": sum(age * count for age, count in ages.items()) / max(1, updates),
+        "max_staleness": max(ages, default=0),
+        "dropped_sums": updater.drops,
+    }
 
 
 def score_metrics(loss: Loss, z: np.ndarray, labels: np.ndarray) -> dict[str, float]:

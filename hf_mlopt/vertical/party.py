@@ -14,6 +14,7 @@ from hf_mlopt.vertical.aggregate import Sharing
 from hf_mlopt.vertical.arguments import Parties, VerticalArguments
 from hf_mlopt.vertical.barrier import SyncUpdater
 from hf_mlopt.vertical.budget import LeakBudget
+from hf_mlopt.vertical.gradients import MODES, BackwardOwner, BackwardParty
 from hf_mlopt.vertical.inbox import Inbox
 from hf_mlopt.vertical.messages import Frame, Kind, Purpose
 from hf_mlopt.vertical.responder import Responder
@@ -45,6 +46,8 @@ class VerticalParty:
         features (array or sparse array): `[n, d_l]`, own columns.
         labels (array, *optional*): `[n]`, at label holders.
         run (`str`, *optional*, defaults to `"run"`): Name of the run, part of every frame.
+        session (`bytes`, *optional*): Of this start of the parties: frames of other ones are refused.
+        note (`Callable`, *optional*): See [`Responder`].
         compute (`Callable[[], None]`, *optional*): See [`Updater`].
 
     Raises:
@@ -61,6 +64,8 @@ class VerticalParty:
         features,
         labels=None,
         run: str = "run",
+        session: bytes = b"",
+        note: Callable[..., object] = lambda event, **fields: None,
         compute: Callable[[], None] | None = None,
     ):
         arguments.check(parties)
@@ -77,16 +82,32 @@ class VerticalParty:
         self.store = WeightStore(weights)
         limits = {name: arguments.budget(parties, name) for name in parties.names}
         self.inbox = Inbox(transport.peers, 2 * schedule.num_batches + arguments.push_ahead + 16)
-        digest = run_digest(arguments, parties, run)
+        self.digest = run_digest(arguments, parties, run)
+        frames = hashlib.sha256(self.digest + session).digest()[:16] if session else self.digest
         budget = LeakBudget(limits)
         asking = (parties.label_owner, self.holders, arguments.share_aggregates, arguments.push_ahead)
-        self.responder = Responder(self.name, digest, {0: block}, self.store, sharing, budget, self.inbox, *asking)
+        served = (self.name, frames, {0: block}, self.store, sharing, budget, self.inbox, *asking)
+        self.responder = Responder(*served, note=note)
         self.collector = SumCollector(self.responder, transport, arguments.timeout)
         self.updater = None
         if optimizer is not None:
             kind = SyncUpdater if arguments.mode == "sync" else Updater
             self.updater = kind(arguments, optimizer, self.collector, self.holders, compute)
+        if arguments.backward in MODES:
+            self._train_others(block)
         self._is_started = False
+
+    def _train_others(self, block: FeatureBlock):
+        """With labels at their owner alone: it sends derivatives, the others take them."""
+        arguments, run, words = self.arguments, self.responder.run, self.loss.words
+        if self.updater is not None:
+            given = (arguments, self.loss, self.updater.optimizer.labels, block, self.transport, run)
+            self.updater.backward = BackwardOwner(*given)
+            return
+        if arguments.algorithm == "saga":
+            self.store.set_drift(np.zeros((block.num_features, words)))
+        owner = self.parties.label_owner
+        self.responder.backward = BackwardParty(arguments, owner, block, self.store, run, words)
 
     @property
     def has_bias(self) -> bool:
@@ -101,9 +122,6 @@ class VerticalParty:
         if np.ndim(features) == 2 and features.shape[1] != columns[self.name]:
             text = f"features: {features.shape[1]} columns, the roster says {columns[self.name]} for {self.name!r}"
             raise InputError(f"{text}; correct one of them")
-        if self.arguments.backward not in (None, "none"):
-            ways = "parties train their blocks with shared labels, or with none where the owner keeps them"
-            raise ConfigurationError("backward", self.arguments.backward, ways)
         if (labels is not None) != (self.name in self.holders):
             verb = "needs" if labels is None else "must not have"
             raise InputError(f"party {self.name!r} {verb} labels: label holders are {self.holders}")
@@ -144,7 +162,11 @@ class VerticalParty:
         self.start()
         try:
             if self.updater is not None:
+                if self.updater.backward is not None:
+                    self.updater.backward.start()
                 self.updater.run(after_step)
+                if self.updater.backward is not None:
+                    self.updater.backward.finish()
                 self._tell(Kind.DONE)
             others = tuple(name for name in self.holders if name in self.collector.peers)
             self.inbox.wait_until_done(others, self.arguments.timeout)
@@ -174,12 +196,7 @@ class VerticalParty:
         if dataset not in self.responder.datasets:
             raise ConfigurationError("dataset", dataset, "no rows were added under this number; call add_rows")
         self.start()
-        block = self.responder.datasets[dataset]
-        z = np.empty((block.num_rows, self.loss.words))
-        for number, batch in enumerate(block.batches):
-            pending = self.collector.ask(Purpose.PREDICT, number, dataset=dataset)
-            z[batch.rows] = self.collector.collect(pending).z
-        return z
+        return self.collector.scores(dataset)
 
     @property
     def weights(self) -> np.ndarray:
@@ -199,6 +216,9 @@ class VerticalParty:
             state (`dict`): Of the same party, roster and arguments.
             new_keys (`bool`, *optional*, defaults to `True`): See [`Responder.load_state_dict`].
         """
+        if self.arguments.backward in MODES:
+            text = "cannot go on from a checkpoint: the label owner's table and the others' blocks must be of one time"
+            raise ConfigurationError("backward", self.arguments.backward, f"{text}; train from the start")
         self.store.load_state_dict(state["store"])
         self.responder.load_state_dict(state["responder"], new_keys=new_keys)
         if self.updater is not None:

@@ -8,6 +8,8 @@ import numpy as np
 from hf_mlopt.errors import InputError
 from hf_mlopt.vertical.aggregate import Sharing, sum_request
 from hf_mlopt.vertical.budget import LeakBudget, LeakBudgetExceeded
+from hf_mlopt.vertical.climb import TreeSharing
+from hf_mlopt.vertical.gradients import BackwardParty
 from hf_mlopt.vertical.inbox import Inbox
 from hf_mlopt.vertical.messages import Frame, FrameError, Kind, Purpose, parse_frame
 from hf_mlopt.vertical.store import WeightStore
@@ -34,6 +36,7 @@ class Responder:
         holders (`tuple[str, ...]`): May ask for anything else: the parties that update.
         share_aggregates (`bool`): Whether all holders see the sum that one of them asks for.
         push_ahead (`int`): Most shares sent ahead of need.
+        note (`Callable`, *optional*): `note(event, peer=..., ...)` for an audit log, of each answer and refusal.
     """
 
     def __init__(
@@ -49,11 +52,13 @@ class Responder:
         holders: tuple[str, ...],
         share_aggregates: bool,
         push_ahead: int,
+        note: Callable[..., object] = lambda event, **fields: None,
     ):
         self.name, self.run, self.datasets, self.store = name, run, datasets, store
         self.sharing, self.budget, self.inbox = sharing, budget, inbox
         self.label_owner, self.holders = label_owner, holders
         self.share_aggregates, self.push_ahead = share_aggregates, push_ahead
+        self.note, self.backward = note, None  # a `BackwardParty`, where this party has no labels and trains
         self._answered: dict[str, int] = {}
         self._lock = threading.Lock()  # peers' frames may come on several threads
         self._push: Callable[[str, bytes], None] | None = None
@@ -61,6 +66,8 @@ class Responder:
     def start(self, transport: Transport):
         """Serves the peers of a [`Transport`] from now on."""
         self._push = transport.push
+        if isinstance(self.sharing, TreeSharing):
+            self.sharing.bind(self.run, transport.push)
         transport.serve(self.on_request, self.on_push)
 
     def share(self, requester: str, asked: Frame) -> Frame:
@@ -104,31 +111,46 @@ class Responder:
                     self.budget.view(viewer, asked.dataset, asked.batch, version)
             self._answered[request.channel] = asked.round_id
             words = self.sharing.share(batch.forward(weights), request)
+        if requester != self.name:
+            used = self.budget.count(requester, asked.dataset, asked.batch)
+            size = {"rows": len(words), "bytes": words.nbytes, "w_version": version, "budget_used": used}
+            self.note("answered", **_place(requester, asked), **size)
         return self._frame(Kind.SHARE, asked, version, words)
 
     def _frame(
         self, kind: Kind, asked: Frame, version: int, values: np.ndarray | None = None, text: str = ""
     ) -> Frame:
         place = (asked.batch, asked.mark, asked.dataset)
-        return Frame(kind, asked.purpose, self.run, asked.round_id, version, *place, values, text)
+        return Frame(kind, asked.purpose, self.run, asked.round_id, version, *place, values=values, text=text)
 
     def on_request(self, peer: str, data: bytes) -> bytes:
         """The answer to a frame: a SHARE, or REFUSED with the reason. Raises `FrameError` for anything but an ASK."""
         asked = parse_frame(data, self.run)
+        if self.backward is not None and asked.kind in BackwardParty.KINDS:
+            try:
+                return self.backward.answer(peer, asked).to_bytes()
+            except InputError as error:
+                return self._refusal(peer, asked, error).to_bytes()
         if asked.kind is not Kind.ASK:
             raise FrameError(f"request of kind {asked.kind.name} by {peer!r}: only ASK is answered; drop it")
         self.inbox.saw(peer, asked.version)
         try:
             return self.share(peer, asked).to_bytes()
         except (LeakBudgetExceeded, InputError) as error:
-            text = f"{type(error).__name__}: {error}"
-            return self._frame(Kind.REFUSED, asked, self.store.version, text=text).to_bytes()
+            return self._refusal(peer, asked, error).to_bytes()
+
+    def _refusal(self, requester: str, asked: Frame, error: Exception) -> Frame:
+        self.note("refused", **_place(requester, asked), detail=str(error))
+        return self._frame(Kind.REFUSED, asked, self.store.version, text=f"{type(error).__name__}: {error}")
 
     def on_push(self, peer: str, data: bytes) -> None:
         """Sends shares ahead where a peer allows it, and hands all else to the updater."""
         frame = parse_frame(data, self.run)
         if frame.kind is Kind.ASK:
             raise FrameError(f"pushed ASK by {peer!r}: ask by a request; drop it")
+        if frame.kind is Kind.CLIMB and isinstance(self.sharing, TreeSharing):
+            self.sharing.take(peer, frame, sum_request)
+            return
         if frame.kind is not Kind.AHEAD:
             self.inbox.put(peer, frame)
             return
@@ -144,7 +166,7 @@ class Responder:
             try:
                 answer = self.share(peer, asked)
             except (LeakBudgetExceeded, InputError) as error:
-                answer = self._frame(Kind.REFUSED, asked, self.store.version, text=f"{type(error).__name__}: {error}")
+                answer = self._refusal(peer, asked, error)
             try:
                 self._push(peer, answer.to_bytes())
             except PeerLost:  # it will not miss what it did not get; whoever needs it finds out by asking
@@ -168,3 +190,9 @@ class Responder:
         """
         self._answered = {} if new_keys else dict(state["answered"])
         self.budget.load_state_dict(state["budget"])
+
+
+def _place(requester: str, asked: Frame) -> dict[str, str | int]:
+    """What an audit line says of a request."""
+    rid = f"{asked.dataset}/{asked.round_id}/{asked.mark}"
+    return {"peer": requester, "purpose": asked.purpose.name, "rid": rid, "batch": asked.batch}

@@ -123,6 +123,15 @@ class SumCollector:
         z = self.responder.sharing.combine(shares, request)
         return Sum(z, {peer: frame.version for peer, frame in frames.items()})
 
+    def scores(self, dataset: int) -> np.ndarray:
+        """z of all rows of a data set at the current weights, `[rows, K]`."""
+        parts, block = [], self.responder.datasets[dataset]
+        for number in range(len(block.batches)):
+            parts.append(self.collect(self.ask(Purpose.PREDICT, number, dataset=dataset)).z)
+        z = np.concatenate(parts)
+        z[np.concatenate([batch.rows for batch in block.batches])] = z.copy()
+        return z
+
     def _receive(self, peer: str, asked: Frame, reply: Future | None) -> Frame:
         if reply is None:
             frame = self.responder.inbox.take(peer, asked.purpose, asked.round_id, self.timeout)

@@ -9,11 +9,12 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_mlopt.errors import InputError
-from hf_mlopt.secure_sum import Party, Roster
+from hf_mlopt.secure_sum import FixedPoint, Party, Roster
 from hf_mlopt.vertical.aggregate import PairwiseSharing, PlainSharing, Sharing
 from hf_mlopt.vertical.arguments import Parties, VerticalArguments
 from hf_mlopt.vertical.checkpoints import load_state, save_block, save_state
-from hf_mlopt.vertical.metrics import predictions, score_metrics
+from hf_mlopt.vertical.climb import TreeSharing
+from hf_mlopt.vertical.metrics import predictions, score_metrics, training_speed
 from hf_mlopt.vertical.party import VerticalParty
 from hf_mlopt.vertical.transport.base import PeerLost
 from hf_mlopt.vertical.transport.in_process import InProcessHub
@@ -106,7 +107,7 @@ class VerticalTrainer:
         if causes:  # the failure itself, not that others then missed the party
             raise next((error for error in causes if not isinstance(error, PeerLost)), causes[0])
         updaters = {name: party.updater for name, party in self.parties.items() if party.updater is not None}
-        self.metrics = {name: _speed(updater, ends[name]) for name, updater in updaters.items()}
+        self.metrics = {name: training_speed(updater, ends[name]) for name, updater in updaters.items()}
         self._call("on_train_end")
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -212,22 +213,11 @@ def _sharings(args: VerticalArguments, facts: Parties) -> dict[str, Sharing]:
     if args.mask == "none":
         return dict.fromkeys(facts.names, PlainSharing(facts.names))
     if args.mask == "tree":
-        raise InputError("mask='tree': parties in one process mask pairwise or not at all; set mask=pairwise")
+        code = FixedPoint(len(facts.names), args.fixed_point_bits)
+        return {name: TreeSharing(name, facts.names, code, args.timeout) for name in facts.names}
     keys = {name: Party(name) for name in facts.names}
     members = {name: key.public_key for name, key in keys.items()}
     roster = Roster("run", members, fraction_bits=args.fixed_point_bits)
     for key in keys.values():
         key.join(roster)
     return {name: PairwiseSharing(key) for name, key in keys.items()}
-
-
-def _speed(updater: Updater, seconds: float) -> dict[str, float]:
-    ages, updates = updater.staleness, sum(updater.staleness.values())
-    return {
-        "updates": updates,
-        "updates_per_second": updates / seconds,
-        "share_waiting": updater.collector.seconds_waiting / seconds,
-        "mean_staleness": sum(age * count for age, count in ages.items()) / max(1, updates),
-        "max_staleness": max(ages, default=0),
-        "dropped_sums": updater.drops,
-    }

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.vertical.anchor import AnchorKeeper
 from hf_mlopt.vertical.arguments import VerticalArguments
+from hf_mlopt.vertical.gradients import BackwardOwner
 from hf_mlopt.vertical.messages import Frame, Kind, Purpose
 from hf_mlopt.vertical.sums import PendingSum, Sum, SumCollector
 from hf_mlopt.vertical.transport.base import PeerLost
@@ -54,8 +55,11 @@ class Updater:
         self.num_steps = arguments.num_steps(self.schedule.num_rows)
         self.compute = compute or (lambda: None)
         self.position = 0  # steps made; also the round of the next sum
-        self.staleness: Counter[int] = Counter()
+        self.staleness: Counter[int] = Counter()  # updates by others, as far as known, when a step begins
+        self.overlap: Counter[int] = Counter()  # and when it is written: the paper's delay
+        self.losses: deque[float] = deque(maxlen=self.schedule.num_batches)  # of the last batches, before their steps
         self.drops = 0
+        self.backward: BackwardOwner | None = None  # set where others train without labels
         self.anchors = None
         if optimizer.name == "svrg":
             self.anchors = AnchorKeeper(collector, optimizer.block, optimizer.loss.words)
@@ -72,7 +76,7 @@ class Updater:
         next_position = self.position
         ahead = self.arguments.push_ahead
         pushing = frozenset(self.collector.peers) if ahead else frozenset()
-        while self.position < self.num_steps:
+        while self.position < self.num_steps and not self._is_over():
             if ahead:
                 self._allow_ahead(min(ahead, self.num_steps - 1 - self.position))
             while len(pending) < self.arguments.inflight and next_position < self.num_steps:
@@ -87,6 +91,9 @@ class Updater:
                     self.store.set_drift(self.optimizer.set_anchor(z))
             if after_step is not None:
                 after_step(self)
+
+    def _is_over(self) -> bool:
+        return self.arguments.finish == "first" and self.inbox.is_anyone_done
 
     def _allow_ahead(self, ahead: int):
         version = self.store.version
@@ -136,8 +143,14 @@ class Updater:
     def step(self, batch: int, total: Sum):
         """One update of the block from the scores of a batch."""
         self.compute()
+        self.overlap[self._age(total)] += 1
+        optimizer = self.optimizer
+        labels = optimizer.labels[optimizer.block.batches[batch].rows]
+        self.losses.append(float(optimizer.loss.values(total.z, labels).mean()))
         rate = self.learning_rate()
         self.store.commit(self.optimizer.update(batch, total.z), rate, self.arguments.l2)
+        if self.backward is not None:
+            self.backward.send(self.position, batch, total.z)
         self.position += 1
 
     def learning_rate(self) -> float:

@@ -250,6 +250,12 @@ class GrpcTransport:
         for link in self._links.values():
             link.fail("this party closed its transport", unsent=True)
         await self._server.stop(grace=0)
+        # Handlers of ended streams are cancelled by now; the loop must not stop before they know.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_STOP_SECONDS)
 
     async def _converse(self, _, context):
         """The answering end of a stream."""

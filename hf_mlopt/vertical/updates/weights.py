@@ -46,6 +46,13 @@ class LazyWeights:
         self.drift: np.ndarray | None = None
         self.scale, self.ramp = 1.0, 0.0
 
+    @classmethod
+    def of(cls, weights: np.ndarray) -> "LazyWeights":
+        """Given ones, `[d_l, K]`."""
+        made = cls(*weights.shape)
+        made.values = np.array(weights, np.float64)
+        return made
+
     def read(self, columns: slice | np.ndarray) -> np.ndarray:
         """A new array: w of some features, `[C, K]`."""
         weights = self.scale * self.values[columns]
