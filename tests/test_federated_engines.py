@@ -24,6 +24,9 @@ def answer(site, message):
     if wrong == "raise":
         raise OSError("the disk is full")
     if wrong == "exit":
+        if "memory" in message.scalars:
+            with open(os.path.join(message.scalars["memory"], f"{site} was asked"), "a") as file:
+                file.write("x")
         os._exit(7)
     if wrong == "hang":
         time.sleep(600)
@@ -36,9 +39,10 @@ def answer(site, message):
     return Message({"weights": w}, {"pid": os.getpid()})
 
 
-def message(**scalars):
+def message(padding=0, **scalars):
     w = torch.tensor([0.5, float("nan"), -0.0])
-    return Message({"weights": {"w": w, "half": w.bfloat16(), "count": torch.tensor(2**60)}}, scalars)
+    weights = {"w": w, "half": w.bfloat16(), "count": torch.tensor(2**60)}
+    return Message({"weights": weights, **({"padding": {"zeros": torch.zeros(padding)}} if padding else {})}, scalars)
 
 
 def exchange(engine, sites=SITES, **scalars):
@@ -83,6 +87,20 @@ def test_what_processes_answer_is_what_this_one_does(engine):
     assert len(pids_of(found)) == 2 and os.getpid() not in pids_of(found)
 
 
+def test_a_worker_that_does_not_read_does_not_hold_the_others_up(engine):
+    workers = pids_of(exchange(engine))
+    stopped = min(workers)
+    os.kill(stopped, signal.SIGSTOP)
+    engine.timeout = 10.0
+    try:
+        found = exchange(engine, padding=1_000_000)  # more bytes than a pipe takes
+        assert list(found.failures.values()) == ["no answer within 10 s"] and len(found.replies) == 3
+        assert all_end([stopped])
+    finally:
+        engine.timeout = None
+    assert exchange(engine).failures == {}
+
+
 @pytest.mark.parametrize("make", [lambda engine: engine, lambda engine: InProcessEngine(SITES, answer)])
 def test_a_site_that_raises_has_failed_and_no_other(engine, make):
     found = exchange(make(engine), s3="raise")
@@ -93,6 +111,7 @@ def test_a_site_that_dies_is_asked_again_and_then_left_out(engine, tmp_path):
     before = pids_of(exchange(engine))
     found = exchange(engine, s1="exit", s3="exit once", memory=str(tmp_path))
     assert found.failures == {"s1": "its process died (exit code 7)"}
+    assert (tmp_path / "s1 was asked").read_text() == "xx"  # once more, and no more
     assert sorted(found.replies) == ["s2", "s3", "s4"]
     after = exchange(engine)
     assert after.failures == {} and before != pids_of(after)
