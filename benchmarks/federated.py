@@ -5,6 +5,7 @@ The federated Trainer: what its rounds cost, how it grows with the number of sit
     python benchmarks/federated.py --short    # under 4 minutes
 
 overhead  seconds of a round in process beside the sum of its local trainings; target: at most 5 % more
+engines   the same through Flower, simulated and with SuperNodes: seconds beyond local training, and the bits
 scale     peak memory with 10, 30 and 100 sites and a model of 10 million parameters
 quality   DOMO and its family, FedAvg and SCAFFOLD: test accuracy at a quarter, half and all of the rounds, ten sites
 peers     Flower's own FedAvg and FedAvgM strategies on the same updates: same weights, time of an aggregation
@@ -16,12 +17,12 @@ Rates are tuned over three values on one seed by 1,000 held-out training images,
 import argparse
 
 from common import SHARED, Results
-from federated_costs import overhead, peers, scale
+from federated_costs import engines, overhead, peers, scale
 from federated_quality import METHODS, TASKS, quality
 from transformers.utils import logging
 
 
-PARTS = ("overhead", "scale", "peers", "quality")
+PARTS = ("overhead", "engines", "scale", "peers", "quality")
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     kinds = {part: {part} for part in PARTS} | {"quality": {"quality summary", *(() if args.resume else ("quality",))}}
     results.keep_others(set().union(*(kinds[part] for part in args.parts)))
     logging.set_verbosity_error()
-    for part, measure in (("overhead", overhead), ("scale", scale), ("peers", peers)):
+    for part, measure in (("overhead", overhead), ("engines", engines), ("scale", scale), ("peers", peers)):
         if part in args.parts:
             measure(results, args.short)
     if "quality" in args.parts:

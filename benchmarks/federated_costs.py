@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from common import Results
+from common import ROOT, Results
 from transformers import GPT2Config, GPT2LMHeadModel, default_data_collator
 from transformers.utils import logging
 
@@ -125,6 +125,48 @@ def _by_hand(make_model, sites: dict, steps: int) -> float:
                 with contextlib.redirect_stdout(None):
                     MLOptTrainer(model, args, train_dataset=data, data_collator=default_data_collator).train()
     return time.perf_counter() - started
+
+
+ENGINES = {
+    "in process": {},
+    "Flower's simulation": {"engine": "flower", "flower_simulation": True},
+    "Flower's SuperNodes, a resident beside each": {"engine": "flower"},
+}
+
+
+def engines(results: Results, short: bool) -> None:
+    """One recipe through each engine: what a round takes beyond local training, and what comes around the rounds."""
+    from hf_mlopt.configuration import load_config
+    from hf_mlopt.workflows.federate import federate
+    from hf_mlopt.workflows.federate_flower import federate_on_flower
+    from hf_mlopt.workflows.federate_recipe import FederateRecipe
+
+    recipe, digests = ROOT / "recipes" / "federated" / "digits_resnet.yaml", {}
+    num_rounds = 3 if short else 6
+    for name, fields in ENGINES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            fields = {**fields, "output_dir": f"{folder}/out", "num_rounds": num_rounds, "num_sites": 2, "plot": False}
+            started = time.perf_counter()
+            given = load_config(FederateRecipe, recipe, {**fields, "disable_tqdm": True, "evaluate_every": 0})
+            found = (federate_on_flower if "engine" in fields else federate)(given)[0]
+            seconds = time.perf_counter() - started
+        rounds = found["rounds"]
+        beyond = [row["seconds"] - sum(site["seconds"] for site in row["sites"].values()) for row in rounds[1:]]
+        digests[name] = rounds[-1]["digest"]
+        results.add(
+            kind="engines",
+            engine=name,
+            sites=2,
+            rounds=num_rounds,
+            local_seconds=statistics.median(
+                sum(site["seconds"] for site in row["sites"].values()) for row in rounds[1:]
+            ),
+            beyond_median=statistics.median(beyond),
+            beyond_min=min(beyond),
+            beyond_max=max(beyond),
+            around_rounds=seconds - sum(row["seconds"] for row in rounds),
+            same_bits=digests[name] == digests["in process"],
+        )
 
 
 def scale(results: Results, short: bool) -> None:

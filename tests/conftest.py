@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -68,3 +69,11 @@ def tiny_mixtral():
         return MixtralForCausalLM(MixtralConfig(**settings)).eval()
 
     return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_this_module_only():
+    """Every Trainer ends with a full collection, which takes seconds where earlier modules have left much behind."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

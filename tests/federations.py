@@ -1,7 +1,6 @@
 """Small federations: least squares that a twin can follow in float64, a net with all that travels, and faults."""
 
 import functools
-import gc
 import os
 import signal
 from contextlib import contextmanager
@@ -16,9 +15,6 @@ from hf_mlopt.federated.algorithms import Message
 from hf_mlopt.federated.engines import InProcessEngine
 from hf_mlopt.federated.storage import load_message
 
-
-gc.collect()
-gc.freeze()  # every Trainer ends with a full collection, which took most of the time of these tests
 
 ETA, STEPS = 0.05, 3
 SITES = ("d", "b", "a", "c")

@@ -298,7 +298,8 @@ def test_only_adapters_travel(tmp_path):
     results = read(output)
     exchanged = 2 * 8 + 24 * 2  # A and B of one layer
     assert results["exchanged_parameters"] == exchanged and results["parameters"] > 10 * exchanged
-    assert results["bytes_up"] == results["bytes_down"] == 2 * 4 * exchanged
+    assert results["bytes_up"] == 2 * 4 * exchanged
+    assert results["bytes_down"] == 2 * results["bytes_up"]  # to train with, and to evaluate
     assert not (output / "model.safetensors").exists()
     saved = weights(output)
     assert sum(value.numel() for value in saved.values()) == exchanged

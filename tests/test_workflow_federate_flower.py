@@ -360,3 +360,27 @@ def test_a_server_that_dies_goes_on_where_it_was(hospitals):
         outcome = federate("scaffold", "--algorithm", "scaffold", "--resume-from-checkpoint", "true")
         assert outcome.status == 0, outcome.err
         assert_same(folder / "server" / "scaffold", expected)
+
+
+def test_the_guide_says_what_is_tested_here():
+    guide = (Path(__file__).parent.parent / "docs" / "federate.md").read_text(encoding="utf-8")
+    named = {"server": "SERVER", "port": "PORT", "site": "north", "own_port": "OWN"}
+    node = NODE.replace("{folder}/{site}.csv", "/srv/{site}.csv").replace("{folder}/kept", "/srv/federated")
+    for commands in (AUTHORITY, KEY, REGISTER):
+        assert commands.strip().format(**named) in guide
+    for command in (SUPERLINK, node):
+        assert " ".join(command.split("\n")).strip().format(**named) in guide
+    connection = CONNECTION.strip().format(folder="/absolute/path", **named)
+    assert connection in guide
+
+
+def test_a_site_may_insist_on_masks_and_noise(tmp_path):
+    node_config = {"site": "north", "state": str(tmp_path)}
+    config = {"recipe": yaml.safe_dump({"task": "image-classification", "model_type": "resnet", "output_dir": "out"})}
+    for demand, words in (
+        ({"secure_sum": True}, "secure_sum=False: site 'north' takes part in masked sums only"),
+        ({"noise_multiplier": 1.0}, "noise_multiplier=0.0: site 'north' demands at least 1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            answer_factory(config, {**node_config, **demand})
+    assert answer_factory(config, node_config)[0] == "north"

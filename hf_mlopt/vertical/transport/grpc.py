@@ -249,6 +249,8 @@ class GrpcTransport:
         await asyncio.gather(*getattr(self, "_tasks", []), return_exceptions=True)
         for link in self._links.values():
             link.fail("this party closed its transport", unsent=True)
+        # What streams that end now raise is nobody's concern, and would be printed with a traceback.
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         await self._server.stop(grace=0)
         # Handlers of ended streams are cancelled by now; the loop must not stop before they know.
         left = asyncio.all_tasks() - {asyncio.current_task()}
