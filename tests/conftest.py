@@ -77,3 +77,19 @@ def garbage_of_this_module_only():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def federate():
+    """Makes the parties of a vertical training, which end with the test."""
+    from tests.test_vertical_parties import Federation
+
+    made = []
+
+    def make(*args, **options):
+        made.append(Federation(*args, **options))
+        return made[-1]
+
+    yield make
+    for federation in made:
+        federation.close()

@@ -159,12 +159,13 @@ def test_one_that_was_just_written_is_not_too_many(tmp_path):
     "call, count", [("mkdir", 1), ("save_message", 1), ("replace", 1), ("write_text", 1), ("replace", 2)]
 )
 def test_half_a_checkpoint_is_none(tmp_path, call, count):
+    import os
     from pathlib import Path
 
     import hf_mlopt.federated.checkpoint as module
 
     save_checkpoint(tmp_path, state(1), ["old"], RUN, limit=2)
-    owner = {"save_message": module, "replace": module.os}.get(call, Path)
+    owner = {"save_message": module, "replace": os}.get(call, Path)
 
     def save():
         with patched(owner, call, killing(getattr(owner, call), count)):

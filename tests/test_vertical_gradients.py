@@ -8,23 +8,10 @@ from hf_mlopt.vertical.aggregate import sum_request
 from hf_mlopt.vertical.backward import noise_for
 from hf_mlopt.vertical.messages import Frame, FrameError, Kind, Purpose, parse_frame
 from tests.reference import vertical as reference
-from tests.test_vertical_parties import Federation, problem, random_split, relative, twin
+from tests.test_vertical_parties import problem, random_split, relative, twin
 
 
 OWNER = {"labels": "owner", "learning_rate": 0.1, "l2": 0.05}
-
-
-@pytest.fixture
-def federate():
-    made = []
-
-    def make(*args, **options):
-        made.append(Federation(*args, **options))
-        return made[-1]
-
-    yield make
-    for federation in made:
-        federation.close()
 
 
 @pytest.mark.parametrize("mask, bound", [("none", 1e-12), ("pairwise", 1e-6)])

@@ -92,19 +92,6 @@ class Federation:
         return np.vstack([party.weights for party in self.parties])
 
 
-@pytest.fixture
-def federate():
-    made = []
-
-    def make(*args, **options):
-        made.append(Federation(*args, **options))
-        return made[-1]
-
-    yield make
-    for federation in made:
-        federation.close()
-
-
 def random_split(columns, parties, seed):
     """Columns in any order, blocks of any size."""
     rng = np.random.default_rng(seed)

@@ -35,7 +35,7 @@ from hf_mlopt.vertical.aggregate import PairwiseSharing, PlainSharing, sum_reque
 from hf_mlopt.vertical.attacks import accumulated_theta, features_from_low_rank
 from hf_mlopt.vertical.audit import AuditLog, verify
 from hf_mlopt.vertical.messages import Frame, Kind, Purpose, parse_frame
-from tests.test_vertical_parties import OPEN, Federation
+from tests.test_vertical_parties import OPEN
 
 
 NAMES = ("p00", "p01", "p02")
@@ -76,19 +76,6 @@ def transcript(mask, scores, names=NAMES, first=0):
 
 def as_bytes(words):
     return words[:, None].view(np.uint8).astype(float)
-
-
-@pytest.fixture
-def federate():
-    made = []
-
-    def make(*args, **options):
-        made.append(Federation(*args, **options))
-        return made[-1]
-
-    yield make
-    for federation in made:
-        federation.close()
 
 
 # P1.

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int | None:
     from hf_mlopt.workflows.federate import federate, site_rows
     from hf_mlopt.workflows.federate_flower import federate_on_flower
     from hf_mlopt.workflows.federate_recipe import FederateRecipe
+    from hf_mlopt.workflows.tables import text_table
 
     recipe = load_config(FederateRecipe, args.recipe, arguments_given(args, FederateRecipe))
     try:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int | None:
     if results is None:
         print(f"the machine of the SuperLink has written model and federated_results.json to {output}")
         return None
-    print("\n".join(table(site_rows(results))))
+    print("\n".join(text_table(site_rows(results))))
     for name, value in {**results["evaluation"], **(results["server"] or {})}.items():
         print(f"{name} {value:.4g}")
     if "segmentation" in results:
@@ -61,23 +62,3 @@ def _dice_lines(found: dict) -> list[str]:
     if "selector_accuracy" in found:
         lines.append(f"the selector names the right site for {100 * found['selector_accuracy']:.1f} % of the images")
     return lines
-
-
-def table(rows: list[dict]) -> list[str]:
-    """The final table, a line a site."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, *([_shown(row.get(name)) for name in columns] for row in rows)]
-    widths = [max(len(line[number]) for line in cells) for number in range(len(columns))]
-    return [
-        "  ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

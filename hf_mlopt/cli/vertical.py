@@ -137,12 +137,12 @@ def _simulation_recipe(args: argparse.Namespace, **defaults):
 
 
 def _simulate(args: argparse.Namespace) -> None:
-    from hf_mlopt.cli.federate import table
+    from hf_mlopt.workflows.tables import text_table
     from hf_mlopt.workflows.vertical import simulate, simulation_rows, speed_up
 
     recipe = _simulation_recipe(args)
     results = simulate(recipe)
-    print("\n".join(table(simulation_rows(results))))
+    print("\n".join(text_table(simulation_rows(results))))
     sleeps = ", ".join(f"{seconds:g}" for seconds in results["step_seconds"])
     print(f"A step is a sleep of {sleeps} s by party beside the true work: the processes share this machine's cores.")
     ratio = speed_up(results)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from hf_mlopt.configuration import load_config
+from hf_mlopt.demo.output import demo_output
 from hf_mlopt.federated.segmentation_models import SegmentationModel
 from hf_mlopt.federated.super_model import SuperModel
-from hf_mlopt.hub import check_output, environment, staged_output
+from hf_mlopt.hub import environment
 from hf_mlopt.resources import resource_dir
 from hf_mlopt.workflows.federate import federate
 from hf_mlopt.workflows.federate_recipe import FederateRecipe
@@ -43,10 +44,7 @@ def run_federated_demo(output: str, seed: int = 0, num_rounds: int = ROUNDS) -> 
     """
     started = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    earlier = target.is_dir() and {path.name for path in target.iterdir()} == _WRITTEN
-    if not earlier:
-        check_output(target, 10_000_000)
-    with staged_output(target) as folder:
+    with demo_output(target, _WRITTEN, 10_000_000) as folder:
         found = {}
         for name, changed in (
             (_FEDAVG, {"algorithm": "fedavg", "algorithm_args": None, "release_personal": False}),
@@ -68,8 +66,6 @@ def run_federated_demo(output: str, seed: int = 0, num_rounds: int = ROUNDS) -> 
             "environment": environment(),
         }
         (folder / _RESULTS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        if earlier:
-            shutil.rmtree(target)
     return result
 
 

@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 
 from hf_mlopt.data import CalibrationConfig, embedded_corpus, load_calibration, tokenize_corpus
 from hf_mlopt.demo.model import CONTEXT, build_model, train, train_tokenizer
+from hf_mlopt.demo.output import demo_output
 from hf_mlopt.demo.plot import plot
 from hf_mlopt.demo.recover import DENSE, DISTILLED, PRUNED, TASK, distil, judge
 from hf_mlopt.evaluation import perplexity
-from hf_mlopt.hub import check_output, environment, resolve_checkpoint, staged_output
+from hf_mlopt.hub import environment, resolve_checkpoint
 from hf_mlopt.pruning import METHODS, MoEPruner, PruningConfig
 from hf_mlopt.workflows.loading import load_model
 from hf_mlopt.workflows.prune import PruneRecipe, calibration_record, write_pruned
@@ -64,11 +65,7 @@ def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
     """
     started = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    # With anything of the user's own beside it, an earlier demo is not ours to delete.
-    earlier = target.is_dir() and {path.name for path in target.iterdir()} == _WRITTEN
-    if not earlier:
-        check_output(target, 100_000_000)
-    with staged_output(target) as folder:
+    with demo_output(target, _WRITTEN, 100_000_000) as folder:
         tokenizer = train_tokenizer()
         model = build_model(tokenizer, seed)
         print(f"training a Mixtral of {model.num_parameters() / 1e6:.1f} M parameters, {budget.steps} steps")
@@ -104,8 +101,6 @@ def run_demo(output: str, seed: int = 0, budget: Budget = Budget()) -> dict:
             "environment": environment(),
         }
         (folder / _RESULTS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        if earlier:
-            shutil.rmtree(target)
     return result
 
 

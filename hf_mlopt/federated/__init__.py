@@ -8,7 +8,7 @@ _PUBLIC = {
     "FederatedTrainer": "hf_mlopt.federated.trainer",
     "FederatedTrainingArguments": "hf_mlopt.federated.arguments",
     "RoundFailed": "hf_mlopt.federated.rounds",
-    "SiteData": "hf_mlopt.federated.client",
+    "SiteData": "hf_mlopt.federated.site_data",
     "SiteStore": "hf_mlopt.federated.storage",
 }
 

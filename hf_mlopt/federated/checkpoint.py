@@ -1,7 +1,6 @@
 """What the server needs to go on exactly, after every round."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms import Message
 from hf_mlopt.federated.storage import load_message, save_message
+from hf_mlopt.hub import staged_output
 
 
 _TENSORS, _REST = "server.safetensors", "server.json"
@@ -29,16 +29,13 @@ def save_checkpoint(
         limit (`int`, *optional*): How many to keep; all by default.
     """
     path = output_dir / f"checkpoint-{state['round']}"
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_message(Message(state["groups"]), partial / _TENSORS)
     rest = {name: value for name, value in state.items() if name != "groups"}
     content = {"algorithm_state": rest, "history": history, "run": dict(run)}
-    (partial / _REST).write_text(json.dumps(content) + "\n", encoding="utf-8")
-    # One of this round is there where a run went on from an older one, and before its last evaluation.
-    removed = [_out_of_sight(path)] if path.exists() else []
-    os.replace(partial, path)
+    with staged_output(path) as folder:
+        save_message(Message(state["groups"]), folder / _TENSORS)
+        (folder / _REST).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        # One of this round is there before its last evaluation.
+        removed = [_out_of_sight(path)] if path.exists() else []
     if limit is not None:
         removed += [_out_of_sight(old) for old in checkpoints(output_dir)[:-limit] if old != path]
     for old in removed:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,29 +25,13 @@ from hf_mlopt.federated.parameters import SharedParameters
 from hf_mlopt.federated.privacy.masking import KEYS
 from hf_mlopt.federated.reply_filters import ReplyFilters
 from hf_mlopt.federated.selector_model import ImageBatches
+from hf_mlopt.federated.site_data import SiteData
 from hf_mlopt.federated.site_rules import SiteRule, site_rule
 from hf_mlopt.federated.storage import SiteStore
 from hf_mlopt.training import MLOptTrainer
 
 
 HELLO, TRAIN, EVALUATE = "hello", "train", "evaluate"
-
-
-@dataclass(frozen=True)
-class SiteData:
-    """
-    What a site has.
-
-    Args:
-        train (`datasets.Dataset` or `torch.utils.data.Dataset`): Rows to train on, with a length.
-        evaluation (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*): Rows of its own to evaluate on.
-        plain (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*): Rows of `train` as they are, where it
-            changes them at random; FedSM's selector looks at these.
-    """
-
-    train: Any
-    evaluation: Any = None
-    plain: Any = None
 
 
 class FederatedClient:
@@ -184,7 +167,7 @@ class FederatedClient:
         scalars = {
             "round": message.scalars["round"],
             "num_samples": len(data.train),
-            "start_digest": self.shared.message(_names(message)).digest(),
+            "start_digest": self.shared.message(rule.exchanged()).digest(),
         }
         if message.scalars.get("evaluate"):
             scalars |= self._evaluated(data, rule)
@@ -259,10 +242,6 @@ class _LogFile(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"round": self.round, "step": state.global_step, **(logs or {})}) + "\n")
-
-
-def _names(message: Message) -> dict[str, list[str]]:
-    return {group: list(message.groups[group]) for group in ("weights", "buffers") if group in message.groups}
 
 
 def _begin_with(optimizer, shared: SharedParameters, message: Message, state: Message | None) -> None:

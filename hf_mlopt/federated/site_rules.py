@@ -68,7 +68,7 @@ class SiteRule(TrainerCallback):
 
     def _ended(self) -> dict[str, Group]:
         """Where the model stands; of half precision the sent value plus the change, which rounding is no part of."""
-        groups = dict(self.shared.message(self._answered()).groups)
+        groups = dict(self.shared.message(self.exchanged()).groups)
         weights = {}
         for name, end in groups["weights"].items():
             dtype, sent = self.shared.weights[name].dtype, self.message.groups["weights"][name]
@@ -80,7 +80,8 @@ class SiteRule(TrainerCallback):
         """The site's own model, where it has one beside that of the message."""
         return None
 
-    def _answered(self) -> dict[str, Group]:
+    def exchanged(self) -> dict[str, Group]:
+        """What both the message and the answer hold of the model."""
         return {group: self.message.groups[group] for group in ("weights", "buffers") if group in self.message.groups}
 
     def _correct(self) -> None:

@@ -18,7 +18,7 @@ from hf_mlopt.federated.algorithm_table import make_algorithm
 from hf_mlopt.federated.algorithms import AutoFedRL, Message, ServerAlgorithm
 from hf_mlopt.federated.arguments import FederatedTrainingArguments
 from hf_mlopt.federated.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from hf_mlopt.federated.client import FederatedClient, SiteData
+from hf_mlopt.federated.client import FederatedClient
 from hf_mlopt.federated.engines import Engine, InProcessEngine, ProcessEngine
 from hf_mlopt.federated.privacy.accounting import epsilon, num_releases
 from hf_mlopt.federated.privacy.secure_round import run_secure_round
@@ -26,6 +26,7 @@ from hf_mlopt.federated.reply_filters import check_switches
 from hf_mlopt.federated.roll_call import require_held_out, roll_call
 from hf_mlopt.federated.rounds import RoundFailed, evaluate_sites, mean_over_sites, run_round
 from hf_mlopt.federated.selector_model import selector_weights
+from hf_mlopt.federated.site_data import SitesData
 from hf_mlopt.federated.storage import SiteStore
 from hf_mlopt.training import MLOptTrainer
 
@@ -83,12 +84,9 @@ class FederatedTrainer:
         if args.world_size > 1:
             raise InputError(f"world_size={args.world_size}: the server is one process; start it without a launcher")
         self.args, self.eval_dataset = args, eval_dataset
-        data = {name: given if callable(given) else _site_data(name, given) for name, given in (sites or {}).items()}
-        store = SiteStore(Path(args.output_dir) / "sites")
-        self.client = FederatedClient(
-            args, model_init, partial(_data_of, data), store, trainer_class, trainer_kwargs, site_callbacks
-        )
-        self.engine = engine or _local_engine(args, list(data), self.client)
+        data, store = SitesData(sites or {}), SiteStore(Path(args.output_dir) / "sites")
+        self.client = FederatedClient(args, model_init, data, store, trainer_class, trainer_kwargs, site_callbacks)
+        self.engine = engine or _local_engine(args, data.names, self.client)
         self.algorithm = algorithm or make_algorithm(args, self.client.model)
         self.history: list[dict[str, Any]] = []
         self.released: list[str] = []  # sites that hand their personal models to users
@@ -281,26 +279,6 @@ class FederatedTrainer:
 
     def _run(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in _OF_A_RUN}
-
-
-def _data_of(data: dict[str, Any], name: str) -> SiteData:
-    if callable(data[name]):
-        data[name] = _site_data(name, data[name]())
-    return data[name]
-
-
-def _site_data(name: str, given: Any) -> SiteData:
-    if isinstance(given, Mapping):
-        unknown = set(given) - {"train", "test", "validation"}
-        if "train" not in given or unknown:
-            raise InputError(f"sites[{name!r}] has splits {list(given)}; give train, and test or validation")
-        given = SiteData(given["train"], given.get("test", given.get("validation")))
-    data = given if isinstance(given, SiteData) else SiteData(given)
-    if not hasattr(data.train, "__len__"):
-        raise InputError(f"sites[{name!r}]: a data set with a length is needed, to weigh the site by")
-    if len(data.train) == 0:
-        raise InputError(f"sites[{name!r}] has no rows to train on; leave it out, or give it data")
-    return data
 
 
 def _local_engine(args: FederatedTrainingArguments, names: list[str], client: FederatedClient) -> Engine:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass, make_dataclass
 from functools import cached_property, partial
@@ -18,10 +17,11 @@ from hf_mlopt.hub.card_segmentation import segmentation_card
 from hf_mlopt.hub.provenance import shown_name
 from hf_mlopt.workflows.federate_data import FederatedData
 from hf_mlopt.workflows.federate_recipe import FederateRecipe
+from hf_mlopt.workflows.places import check_output_dir, check_text_files, require_writable
 from hf_mlopt.workflows.segmentation_data import SegmentationData
 from hf_mlopt.workflows.segmentation_metrics import overlap, predicted_masks
 from hf_mlopt.workflows.train import accuracy, choices, plot_path
-from hf_mlopt.workflows.train_data import TrainData, is_text_file
+from hf_mlopt.workflows.train_data import TrainData
 from hf_mlopt.workflows.train_model import build_model, load_config
 
 
@@ -130,31 +130,14 @@ def check(recipe: FederateRecipe) -> None:
         InputError: If a file is missing, the output cannot be written or, in a new run, holds something, there is no
             checkpoint to go on from, or the model cannot be made as `model_config` says.
     """
-    output = Path(recipe.output_dir).resolve()
-    if output.exists() and not output.is_dir():
-        raise ConfigurationError("output_dir", recipe.output_dir, "is a file; name a directory")
-    if (
-        not recipe.resume_from_checkpoint
-        and output.is_dir()
-        and any(path.name != "sites" for path in output.iterdir())
-    ):
-        raise ConfigurationError(
-            "output_dir",
-            recipe.output_dir,
-            "is not empty; name a new directory, or go on with the run in it: --resume-from-checkpoint true",
-        )
-    if recipe.resume_from_checkpoint is True and not checkpoints(output):
+    check_output_dir(recipe.output_dir, bool(recipe.resume_from_checkpoint), may_hold=("sites",))
+    if recipe.resume_from_checkpoint is True and not checkpoints(Path(recipe.output_dir)):
         raise ConfigurationError("resume_from_checkpoint", True, f"there is no checkpoint in {recipe.output_dir}")
-    for folder in (output, plot_path(recipe).resolve().parent):
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigurationError("output_dir", recipe.output_dir, f"cannot write in {existing}")
+    require_writable(recipe.output_dir, plot_path(recipe).parent)
     sources = {"dataset": recipe.dataset, "eval_dataset": recipe.eval_dataset}
     if recipe.engine == "in-process":
         sources |= {f"site_datasets.{site}": source for site, source in (recipe.site_datasets or {}).items()}
-    for name, source in sources.items():
-        if source and is_text_file(source) and not Path(source).is_file():
-            raise ConfigurationError(name, source, "no such file")
+    check_text_files(sources)
     if recipe.task == "segmentation":
         _segmentation_model(recipe, 3)
     else:

@@ -1,6 +1,5 @@
 """The recipe of `hf-mlopt federate`, and what is refused as soon as it is read."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import torch
 
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.federated import FederatedTrainingArguments
+from hf_mlopt.training.arguments import json_object
 from hf_mlopt.workflows.segmentation_recipe import check_segmentation
 from hf_mlopt.workflows.train_data import TRAINED_TOKENIZERS, is_image_source
 from hf_mlopt.workflows.train_recipe import check_model, check_numbers, default_of, refuse_bad_optimizer
@@ -153,15 +153,10 @@ class FederateRecipe(FederatedTrainingArguments):
 
 
 def _by_site(name: str, given: dict | str | None, kind: type, example: str) -> dict | None:
-    value = given
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            pass  # refused below, with the text as it was given
+    value = json_object(name, given)
     if value is None:
         return None
-    if not isinstance(value, dict) or not value or not all(type(one) is kind for one in value.values()):
+    if not value or not all(type(one) is kind for one in value.values()):
         raise ConfigurationError(name, given, f"must name one a site, as in {example}")
     return {str(site): one for site, one in value.items()}
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from hf_mlopt.configuration import save_yaml
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.hub import Checkpoint, environment, resolve_checkpoint
 from hf_mlopt.hub.provenance import shown_name
-from hf_mlopt.workflows.train_data import is_text_file, load_image_data, load_text_data
+from hf_mlopt.workflows.places import check_output_dir, check_text_files, require_writable
+from hf_mlopt.workflows.train_data import load_image_data, load_text_data
 from hf_mlopt.workflows.train_model import build_model, load_config
 from hf_mlopt.workflows.train_recipe import TrainRecipe
 
@@ -45,24 +45,10 @@ def _checkpoint(recipe: TrainRecipe) -> Checkpoint | None:
 
 def _check_places(recipe: TrainRecipe) -> str | None:
     """The training checkpoint to go on from, None in a new run, if the files of a recipe are where they should be."""
-    output = Path(recipe.output_dir).resolve()
-    if output.exists() and not output.is_dir():
-        raise ConfigurationError("output_dir", recipe.output_dir, "is a file; name a directory")
     resumed = _resumed(recipe)
-    if resumed is None and output.is_dir() and any(output.iterdir()):
-        raise ConfigurationError(
-            "output_dir",
-            recipe.output_dir,
-            "is not empty; name a new directory, or go on with the run in it: --resume-from-checkpoint true",
-        )
-    for folder in (output, plot_path(recipe).resolve().parent):
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigurationError("output_dir", recipe.output_dir, f"cannot write in {existing}")
-    for name in ("dataset", "eval_dataset"):
-        source = getattr(recipe, name)
-        if source and is_text_file(source) and not Path(source).is_file():
-            raise ConfigurationError(name, source, "no such file")
+    check_output_dir(recipe.output_dir, resumed is not None)
+    require_writable(recipe.output_dir, plot_path(recipe).parent)
+    check_text_files({name: getattr(recipe, name) for name in ("dataset", "eval_dataset")})
     return resumed
 
 
@@ -81,7 +67,8 @@ def _resumed(recipe: TrainRecipe) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def plot_path(recipe: TrainRecipe) -> Path:
+def plot_path(recipe) -> Path:
+    """The PNG that `plot` of a recipe, of this verb or a related one, means."""
     return Path(recipe.output_dir) / "curves.png" if recipe.plot in (True, False) else Path(recipe.plot)
 
 

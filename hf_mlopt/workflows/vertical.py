@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from hf_mlopt.vertical.arguments import Parties, VerticalArguments
 from hf_mlopt.vertical.checkpoints import load_block
 from hf_mlopt.vertical.data import VerticalData
 from hf_mlopt.vertical.updates.losses import Loss, make_loss
+from hf_mlopt.workflows.places import check_output_dir
 from hf_mlopt.workflows.vertical_connection import RESULTS
 from hf_mlopt.workflows.vertical_data import hold_out, simulated_parties
 from hf_mlopt.workflows.vertical_party import TRACE
@@ -43,12 +43,7 @@ def check(recipe: SimulationRecipe):
         if path not in EMBEDDED and not Path(path).is_file():
             known = ", ".join(EMBEDDED)
             raise ConfigurationError("data", path, f"no such file; name files, or one of {known}")
-    output = Path(recipe.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError("output_dir", recipe.output_dir, "is not empty; name a new directory")
-    existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigurationError("output_dir", recipe.output_dir, f"cannot write in {existing}")
+    check_output_dir(recipe.output_dir, resumes=False, can_resume=False)
 
 
 def simulate(recipe: SimulationRecipe) -> dict:

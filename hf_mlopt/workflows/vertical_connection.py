@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from hf_mlopt.vertical.credentials import Credentials
 from hf_mlopt.vertical.data import VerticalData
 from hf_mlopt.vertical.introduction import Facts, Introduction
 from hf_mlopt.vertical.transport.shared import Conversation, SharedTransport
+from hf_mlopt.workflows.places import require_writable
 from hf_mlopt.workflows.vertical_data import (
     as_is,
 )
@@ -48,9 +48,7 @@ def check(recipe: PartyRecipe, *, must_be_new: bool = True):
     output = Path(recipe.output_dir)
     if output.exists() and not output.is_dir():
         raise ConfigurationError("output_dir", recipe.output_dir, "is a file; name a directory")
-    existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigurationError("output_dir", recipe.output_dir, f"cannot write in {existing}")
+    require_writable(recipe.output_dir, output)
     if must_be_new and (output / RESULTS).exists():
         raise ConfigurationError("output_dir", recipe.output_dir, "holds the results of a run; name a new directory")
     if must_be_new and recipe.resume is False and checkpoints(output):

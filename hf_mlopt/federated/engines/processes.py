@@ -98,16 +98,18 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, answer, num_threads), daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
+        self._sending: threading.Thread | None = None
 
     def send(self, site: str, message: Message) -> None:
         """Returns at once: a pipe takes no more than its buffer from a worker that does not read."""
-        threading.Thread(target=self._send, args=(site, message), daemon=True).start()
+        self._sending = threading.Thread(target=self._send, args=(site, message), daemon=True)
+        self._sending.start()
 
     def _send(self, site: str, message: Message) -> None:
         try:
             self.connection.send((site, *message.to_flat()))
-        except (OSError, ValueError):
-            pass  # it has died, which `receive` finds, or has been stopped
+        except OSError:
+            pass  # it has died, which `receive` finds
 
     def receive(self) -> Message | None:
         try:
@@ -116,6 +118,9 @@ class _Worker:
             return None
 
     def stop(self) -> int | None:
+        if self._sending is not None and self._sending.is_alive():
+            self.process.kill()  # it does not read, and a pipe is not to be closed under a thread that writes to it
+            self._sending.join()
         self.connection.close()
         self.process.join(timeout=0.1 if self.process.is_alive() else None)
         if self.process.is_alive():
