@@ -148,7 +148,7 @@ def without_timings(value):
 
 def kept_by(trainer, site):
     """Round to what the site keeps after it."""
-    folder = trainer.client.store.folder / site
+    folder = trainer.client.store.folder / site / trainer.training
     return {int(path.stem.removeprefix("round-")): load_message(path) for path in folder.glob("round-*.safetensors")}
 
 

@@ -559,7 +559,7 @@ def test_after_a_reply_that_was_not_used_a_site_goes_back(tmp_path, settings):
 def message_for(trainer, site="a", **scalars):
     trainer.algorithm.setup(sorted(NET_SITES), trainer.client.initial(), 0)
     message = trainer.algorithm.configure(0)[site]
-    return Message(message.groups, {**message.scalars, "task": "train", **scalars})
+    return Message(message.groups, {**message.scalars, "task": "train", "training": "one", **scalars})
 
 
 @pytest.mark.parametrize(

@@ -102,17 +102,27 @@ def test_replies_wait_in_files_and_the_last_of_a_site_counts(tmp_path):
 
 def test_a_site_keeps_the_state_it_may_have_to_go_back_to(tmp_path):
     store = SiteStore(tmp_path)
-    assert store.load("a", 0) is None
-    store.save("a", 0, reply(0), before=-1)
-    store.save("a", 1, reply(1), before=0)
-    store.save("b", 1, reply(9), before=-1)
-    store.save("a", 2, reply(2), before=0)  # the reply of round 1 was not used
-    assert store.load("a", 1) is None
-    assert [store.load("a", r) for r in (0, 2)] == [reply(0), reply(2)] and store.load("b", 1) == reply(9)
-    store.save("a", 2, reply(2), before=0)  # the same message again
-    assert store.load("a", 0) == reply(0)
-    store.save("a", 3, reply(3), before=2)
-    assert store.load("a", 0) is None and store.load("a", 2) == reply(2)
+    assert store.load("a", "one", 0) is None
+    store.save("a", "one", 0, reply(0), before=-1)
+    store.save("a", "one", 1, reply(1), before=0)
+    store.save("b", "one", 1, reply(9), before=-1)
+    store.save("a", "one", 2, reply(2), before=0)  # the reply of round 1 was not used
+    assert store.load("a", "one", 1) is None
+    assert [store.load("a", "one", r) for r in (0, 2)] == [reply(0), reply(2)]
+    assert store.load("b", "one", 1) == reply(9)
+    store.save("a", "one", 2, reply(2), before=0)  # the same message again
+    assert store.load("a", "one", 0) == reply(0)
+    store.save("a", "one", 3, reply(3), before=2)
+    assert store.load("a", "one", 0) is None and store.load("a", "one", 2) == reply(2)
+    store.save("a", "two", 7, reply(7), before=6)
+    assert store.load("a", "two", 2) is None and store.load("a", "one", 2) == reply(2)
+
+
+def test_the_name_of_a_training_leads_nowhere_else(tmp_path):
+    for name in ("", "..", "../b", "a/b"):
+        with pytest.raises(InputError, match="letters and digits name a training"):
+            SiteStore(tmp_path / "sites").save("a", name, 0, reply(0), before=-1)
+    assert not list(tmp_path.rglob("*"))
 
 
 RUN = {"algorithm": "fedadam", "algorithm_args": {"betas": (0.9, 0.99)}, "seed": 3}
@@ -132,26 +142,26 @@ def state(round, value=1.0):
 
 def test_a_checkpoint_holds_state_and_history_exactly(tmp_path):
     history = [{"round": 0, "loss": 0.1, "nan": float("nan"), "sites": {"a": {"n": 3}}}]
-    path = save_checkpoint(tmp_path, state(1), history, RUN, limit=None)
+    path = save_checkpoint(tmp_path, state(1), history, "one", RUN, limit=None)
     assert path.name == "checkpoint-1"
-    loaded, rows = load_checkpoint(path, RUN)
+    loaded, rows, training = load_checkpoint(path, RUN)
     assert Message(loaded.pop("groups")) == Message(state(1)["groups"])
     assert loaded == {name: value for name, value in state(1).items() if name != "groups"}
-    assert json.dumps(rows) == json.dumps(history)
+    assert json.dumps(rows) == json.dumps(history) and training == "one"
 
 
 @pytest.mark.parametrize("limit, kept", [(None, [1, 2, 9, 10, 11]), (1, [11]), (2, [10, 11])])
 def test_the_newest_checkpoints_are_kept(tmp_path, limit, kept):
     for round in (1, 2, 9, 10, 11):
-        save_checkpoint(tmp_path, state(round), [], RUN, limit)
+        save_checkpoint(tmp_path, state(round), [], "one", RUN, limit)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{round}" for round in kept]
 
 
 def test_one_that_was_just_written_is_not_too_many(tmp_path):
     """Of a run that goes on from an older one."""
     for round in (1, 2, 3):
-        save_checkpoint(tmp_path, state(round), [], RUN, limit=None)
-    path = save_checkpoint(tmp_path, state(1, 5.0), [], RUN, limit=1)
+        save_checkpoint(tmp_path, state(round), [], "one", RUN, limit=None)
+    path = save_checkpoint(tmp_path, state(1, 5.0), [], "one", RUN, limit=1)
     assert load_checkpoint(path, RUN)[0]["groups"]["weights"]["w"][0] == 5
 
 
@@ -164,17 +174,17 @@ def test_half_a_checkpoint_is_none(tmp_path, call, count):
 
     import hf_mlopt.federated.checkpoint as module
 
-    save_checkpoint(tmp_path, state(1), ["old"], RUN, limit=2)
+    save_checkpoint(tmp_path, state(1), ["old"], "one", RUN, limit=2)
     owner = {"save_message": module, "replace": os}.get(call, Path)
 
     def save():
         with patched(owner, call, killing(getattr(owner, call), count)):
-            save_checkpoint(tmp_path, state(2), [], RUN, limit=2)
+            save_checkpoint(tmp_path, state(2), [], "one", RUN, limit=2)
 
     assert killed(save)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
     assert load_checkpoint(checkpoints(tmp_path)[0], RUN)[1] == ["old"]
-    save_checkpoint(tmp_path, state(2), ["new"], RUN, limit=2)
+    save_checkpoint(tmp_path, state(2), ["new"], "one", RUN, limit=2)
     assert load_checkpoint(checkpoints(tmp_path)[-1], RUN)[1] == ["new"]
 
 
@@ -182,8 +192,8 @@ def test_a_checkpoint_that_is_being_removed_is_none(tmp_path):
     """However far the removal came: what is left must not look like a checkpoint."""
     import hf_mlopt.federated.checkpoint as module
 
-    save_checkpoint(tmp_path, state(1), ["old"], RUN, limit=2)
-    save_checkpoint(tmp_path, state(2), ["old"], RUN, limit=2)
+    save_checkpoint(tmp_path, state(1), ["old"], "one", RUN, limit=2)
+    save_checkpoint(tmp_path, state(2), ["old"], "one", RUN, limit=2)
 
     def half(path, **_):
         if not os.path.isdir(path):
@@ -193,7 +203,7 @@ def test_a_checkpoint_that_is_being_removed_is_none(tmp_path):
 
     def save():
         with patched(module.shutil, "rmtree", half):
-            save_checkpoint(tmp_path, state(2), ["new"], RUN, limit=2)
+            save_checkpoint(tmp_path, state(2), ["new"], "one", RUN, limit=2)
 
     assert killed(save)
     for path in checkpoints(tmp_path):
@@ -202,7 +212,7 @@ def test_a_checkpoint_that_is_being_removed_is_none(tmp_path):
 
 @pytest.mark.parametrize("changed", [{"seed": 4}, {"algorithm": "fedavg"}, {"algorithm_args": None}])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed):
-    path = save_checkpoint(tmp_path, state(1), [], RUN, limit=2)
+    path = save_checkpoint(tmp_path, state(1), [], "one", RUN, limit=2)
     with pytest.raises(InputError, match=next(iter(changed))):
         load_checkpoint(path, {**RUN, **changed})
 

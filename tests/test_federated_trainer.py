@@ -98,11 +98,24 @@ def test_a_finished_training_stays_as_it_is(tmp_path):
 
 def test_a_site_that_comes_back_after_the_server_needs_its_state(tmp_path):
     net_federation(tmp_path, algorithm="scaffold", num_rounds=2).train()
-    for path in (tmp_path / "sites" / "a").glob("round-*"):
+    for path in (tmp_path / "sites" / "a").glob("*/round-*"):
         path.unlink()
     resumed = net_federation(tmp_path, algorithm="scaffold")
     row = resumed.train(resume_from_checkpoint=True)
     assert list(row["absent"]) == ["a"] and "has lost its state of scaffold after round 1" in row["absent"]["a"]
+
+
+def test_trainings_that_share_the_folder_of_the_sites_do_not_mix(tmp_path):
+    alone = net_federation(tmp_path / "alone", algorithm="scaffold")
+    alone.train()
+    first = net_federation(tmp_path / "first", algorithm="scaffold", num_rounds=1)
+    other = net_federation(tmp_path / "other", algorithm="scaffold", seed=5)
+    other.client.store.folder = first.client.store.folder
+    first.train()
+    other.train()
+    rest = net_federation(tmp_path / "first", algorithm="scaffold")
+    rest.train(resume_from_checkpoint=True)
+    assert digests(rest.history) == digests(alone.history)
 
 
 @pytest.mark.parametrize(

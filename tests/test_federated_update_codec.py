@@ -144,7 +144,7 @@ def test_bytes_up_are_those_of_the_codes(tmp_path):
     coded = codec("bingrad-b").wire_bytes(8 * COLUMNS)
     assert row["bytes_up"] == 2 * (coded + PLAIN_BYTES) and coded < 4 * 8 * COLUMNS / 20
     assert row["bytes_down"] == 2 * (4 * 8 * COLUMNS + PLAIN_BYTES)
-    assert trainer.client.store.load("a", 0) is None
+    assert trainer.client.store.load("a", trainer.training, 0) is None
     replies = [reply for _, sent, reply in seen if sent.scalars["task"] == "train"]
     assert all(reply.groups["update_codes"]["weight"].dtype == torch.uint8 for reply in replies)
 
@@ -188,9 +188,11 @@ def test_what_is_unsent_survives_a_restart(tmp_path):
     rest.train(resume_from_checkpoint=True)
     assert without_timings(rest.history) == without_timings(whole.history)
     assert kept_by(rest, "a")[1] == kept_by(whole, "a")[1]
-    (rest.client.store.folder / "a" / "round-1.safetensors").unlink()
+    (rest.client.store.folder / "a" / rest.training / "round-1.safetensors").unlink()
     with pytest.raises(InputError, match="'a' has lost what its codec has not sent after round 1"):
-        rest.client.answer("a", Message({}, {**rest.algorithm.configure(2)["a"].scalars, "task": "train"}))
+        rest.client.answer(
+            "a", Message({}, {**rest.algorithm.configure(2)["a"].scalars, "task": "train", "training": rest.training})
+        )
     with pytest.raises(InputError, match="update_feedback=False: the checkpoint"):
         wide_federation(tmp_path / "parts", update_codec="sign", num_rounds=3).train(resume_from_checkpoint=True)
 

@@ -192,7 +192,7 @@ def test_a_message_that_comes_twice_is_answered_alike(tmp_path):
     message = trainer.algorithm.evaluation()["a"]
     sent = Message(
         {**message.groups, **trainer.algorithm.selector.sent(trainer.algorithm.groups, "a")},
-        {**message.scalars, "task": "train"},
+        {**message.scalars, "task": "train", "training": trainer.training},
     )
     assert untimed(trainer.client.answer("a", sent)) == untimed(trainer.client.answer("a", sent))
 

@@ -16,7 +16,12 @@ _TENSORS, _REST = "server.safetensors", "server.json"
 
 
 def save_checkpoint(
-    output_dir: Path, state: Mapping[str, Any], history: list[dict], run: Mapping[str, Any], limit: int | None
+    output_dir: Path,
+    state: Mapping[str, Any],
+    history: list[dict],
+    training: str,
+    run: Mapping[str, Any],
+    limit: int | None,
 ) -> Path:
     """
     Writes `checkpoint-ROUND`, whole or not at all, and removes those older than the newest `limit`.
@@ -25,12 +30,13 @@ def save_checkpoint(
         output_dir (`Path`): Folder of the training.
         state (`Mapping`): The algorithm's `state_dict()`.
         history (`list[dict]`): A row a round, JSON-able.
+        training (`str`): Its name, by which sites know what they have kept of it.
         run (`Mapping`): What a resumed run must have in common with this one, JSON-able.
         limit (`int`, *optional*): How many to keep; all by default.
     """
     path = output_dir / f"checkpoint-{state['round']}"
     rest = {name: value for name, value in state.items() if name != "groups"}
-    content = {"algorithm_state": rest, "history": history, "run": dict(run)}
+    content = {"algorithm_state": rest, "history": history, "training": training, "run": dict(run)}
     with staged_output(path) as folder:
         save_message(Message(state["groups"]), folder / _TENSORS)
         (folder / _REST).write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -56,12 +62,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def load_checkpoint(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict]]:
+def load_checkpoint(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict], str]:
     """
     Reads what [`save_checkpoint`] wrote.
 
     Returns:
-        `tuple`: The algorithm's state, and the history.
+        `tuple`: The algorithm's state, the history, and the training's name.
 
     Raises:
         InputError: If it holds no checkpoint, or that of another run.
@@ -77,4 +83,4 @@ def load_checkpoint(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any],
                 "keep it, or begin a new training"
             )
     groups = {group: dict(tensors) for group, tensors in load_message(path / _TENSORS).groups.items()}
-    return {**content["algorithm_state"], "groups": groups}, content["history"]
+    return {**content["algorithm_state"], "groups": groups}, content["history"], content["training"]

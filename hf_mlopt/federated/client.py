@@ -103,7 +103,8 @@ class FederatedClient:
         reply, of_filters = self.filters.encode(site, message, reply, rule.state)
         if self._keeps_state(message, rule_cls):
             state = Message({**kept, **of_filters})
-            self.store.save(site, message.scalars["round"], state, message.scalars["state_round"])
+            now, before = message.scalars["round"], message.scalars["state_round"]
+            self.store.save(site, message.scalars["training"], now, state, before)
         return reply
 
     def description(self) -> dict[str, str]:
@@ -146,7 +147,7 @@ class FederatedClient:
         round = message.scalars["state_round"]
         if round < 0 or not self._keeps_state(message, rule_cls):
             return None
-        state = self.store.load(site, round)
+        state = self.store.load(site, message.scalars["training"], round)
         if state is None:
             what = "what its codec has not sent" if self.filters.keeps_state else "its optimizer's state"
             what = f"its state of {message.scalars['algorithm']}" if rule_cls.keeps_state else what

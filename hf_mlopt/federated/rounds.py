@@ -91,16 +91,23 @@ def run_round(
     return row, {site: found for site, found in evaluated.items() if found}
 
 
-def evaluate_sites(algorithm: ServerAlgorithm, engine: Engine) -> tuple[dict[str, dict[str, float]], int]:
+def evaluate_sites(
+    algorithm: ServerAlgorithm, engine: Engine, scalars: Mapping[str, Scalar]
+) -> tuple[dict[str, dict[str, float]], int]:
     """
     Has every site evaluate the model as it is now on data of its own. A site that does not answer is warned of.
+
+    Args:
+        algorithm (`ServerAlgorithm`): Has the model.
+        engine (`Engine`): Reaches the sites.
+        scalars (`Mapping`): What every message says beside what the algorithm has it say.
 
     Returns:
         `tuple[dict[str, dict[str, float]], int]`: Site to metrics, without those that have not answered or have no
         such data; and the bytes sent to them.
     """
     messages = {
-        site: Message(message.groups, {**message.scalars, "task": EVALUATE})
+        site: Message(message.groups, {**message.scalars, **scalars, "task": EVALUATE})
         for site, message in algorithm.evaluation().items()
     }
     with _exchanged(messages) as exchanged:

@@ -83,7 +83,7 @@ class SpooledReplies(Mapping[str, Message]):
 class SiteStore:
     """
     What sites keep for themselves from round to round. A site cannot know whether its last reply was used, so it keeps
-    what it was before as well: the server says which of the two it builds on.
+    what it was before as well: the server says which of the two it builds on. Another training has another folder.
 
     Args:
         folder (`Path`): A folder for each site is made in it.
@@ -92,9 +92,14 @@ class SiteStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def load(self, site: str, round: int) -> Message | None:
+    def load(self, site: str, training: str, round: int) -> Message | None:
         """
         The state that the site's reply of `round` left.
+
+        Args:
+            site (`str`): Its name.
+            training (`str`): What the server calls this training.
+            round (`int`): Counted from 0.
 
         Returns:
             `Message`, *optional*: `None` if nothing was kept.
@@ -102,15 +107,18 @@ class SiteStore:
         Raises:
             InputError: If the file cannot be read.
         """
-        path = self._path(site, round)
+        path = self._path(site, training, round)
         return load_message(path) if path.is_file() else None
 
-    def save(self, site: str, round: int, state: Message, before: int) -> None:
-        """Keeps the state after `round`, and of the older ones only that after `before`."""
-        save_message(state, self._path(site, round))
-        for path in self._path(site, round).parent.glob("round-*.safetensors"):
-            if path not in (self._path(site, round), self._path(site, before)):
+    def save(self, site: str, training: str, round: int, state: Message, before: int) -> None:
+        """Keeps the state after `round`, and of the older ones of this training only that after `before`."""
+        kept = [self._path(site, training, number) for number in (round, before)]
+        save_message(state, kept[0])
+        for path in kept[0].parent.glob("round-*.safetensors"):
+            if path not in kept:
                 path.unlink()
 
-    def _path(self, site: str, round: int) -> Path:
-        return self.folder / site / f"round-{round}.safetensors"
+    def _path(self, site: str, training: str, round: int) -> Path:
+        if not training.isalnum():  # it comes from another machine, and must not lead out of the folder
+            raise InputError(f"training={training!r}: letters and digits name a training")
+        return self.folder / site / training / f"round-{round}.safetensors"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,7 @@ class FederatedTrainer:
         self.engine = engine or _local_engine(args, data.names, self.client)
         self.algorithm = algorithm or make_algorithm(args, self.client.model)
         self.history: list[dict[str, Any]] = []
+        self.training = uuid.uuid4().hex  # its name, by which sites know what they have kept of it
         self.released: list[str] = []  # sites that hand their personal models to users
         reporters = get_reporting_integration_callbacks(args.report_to)
         every = [DefaultFlowCallback(), *(reporter() for reporter in reporters), *callbacks]
@@ -139,7 +141,7 @@ class FederatedTrainer:
         """
         self.load_server_model()
         try:
-            found, _ = evaluate_sites(self.algorithm, self.engine)
+            found, _ = evaluate_sites(self.algorithm, self.engine, {"training": self.training})
         finally:
             self.engine.close()
         return {**mean_over_sites(found), **self._at_the_server(), "sites": found}
@@ -165,7 +167,7 @@ class FederatedTrainer:
             if path.resolve() in [one.resolve() for one in found[:-1]]:
                 remedy = f"{found[-1].name} is newer, and would be resumed from later: move it away first"
                 raise ConfigurationError("resume_from_checkpoint", str(resume_from_checkpoint), remedy)
-            state, self.history = load_checkpoint(path, self._run())
+            state, self.history, self.training = load_checkpoint(path, self._run())
             self.algorithm.setup(list(roster), first, self.args.seed)  # compared with the state
             self.algorithm.load_state_dict(state)
         else:
@@ -206,7 +208,8 @@ class FederatedTrainer:
 
         try:
             # Auto-FedRL has sites evaluate in every round, whether this is noted or not.
-            scalars = {"lr_factor": self._lr_factor(round), **({"evaluate": True} if fused else {})}
+            scalars = {"training": self.training, "lr_factor": self._lr_factor(round)}
+            scalars |= {"evaluate": True} if fused else {}
             run = run_secure_round if args.secure_sum else partial(run_round, decode=self.client.filters.decode)
             row, found = run(self.algorithm, self.engine, scalars, on_reply)
         except RoundFailed as error:
@@ -237,7 +240,8 @@ class FederatedTrainer:
     def _evaluate_round(self, row: dict[str, Any], at_sites: bool) -> None:
         """Puts into the row what sites, asked for this alone, and the server find of its model."""
         if at_sites:
-            found, row["bytes_evaluation"] = evaluate_sites(self.algorithm, self.engine)
+            told = {"training": self.training}
+            found, row["bytes_evaluation"] = evaluate_sites(self.algorithm, self.engine, told)
             if found:
                 self._note_evaluation(row, found)
         if self.eval_dataset is not None:
@@ -245,8 +249,8 @@ class FederatedTrainer:
             self._log(row["server"])
 
     def _save(self) -> None:
-        state = self.algorithm.state_dict()
-        save_checkpoint(Path(self.args.output_dir), state, self.history, self._run(), self.args.save_total_limit)
+        state, limit = self.algorithm.state_dict(), self.args.save_total_limit
+        save_checkpoint(Path(self.args.output_dir), state, self.history, self.training, self._run(), limit)
 
     def _note_evaluation(self, row: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
         row["evaluation"] = {**mean_over_sites(found), "sites": found}

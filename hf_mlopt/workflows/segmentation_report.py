@@ -106,7 +106,7 @@ def predictors(trainer: "FederatedTrainer", site: str) -> dict[str, Predict]:
         return {"global": _network(trainer, message)}
     kept = None
     if isinstance(algorithm, Ditto | FedBN):
-        kept = trainer.client.store.load(site, algorithm.last_rounds.get(site, -1))
+        kept = trainer.client.store.load(site, trainer.training, algorithm.last_rounds.get(site, -1))
     if isinstance(algorithm, FedBN) and kept is not None:
         return {"global": _network(trainer, message, kept)}
     found = {"global": _network(trainer, message)}
