@@ -184,7 +184,7 @@ def scale(results: Results, short: bool) -> None:
 
 
 def peak_of(num_sites: int) -> float:
-    import resource
+    from hf_mlopt.pruning.pruner import peak_memory
 
     logging.set_verbosity_error()
     folder = tempfile.mkdtemp()
@@ -194,7 +194,7 @@ def peak_of(num_sites: int) -> float:
         FederatedTrainer(language_model, args, sites, data_collator=default_data_collator).train()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory(torch.device("cpu")) / 2**30
 
 
 def peers(results: Results, short: bool) -> None:

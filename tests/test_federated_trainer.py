@@ -1,6 +1,7 @@
 """Whole trainings: killed and resumed, refused before they begin, and what they leave."""
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -320,3 +321,18 @@ def test_a_batch_of_sites_is_chosen_anew_every_round(tmp_path):
     trainer.train()
     chosen = [tuple(row["sites"]) for row in trainer.history]
     assert {len(some) for some in chosen} == {3} and len(set(chosen)) > 3
+
+
+def test_full_collections_spare_what_was_there_before(tmp_path):
+    class Watch(TrainerCallback):
+        def on_log(self, *args, **kwargs):
+            frozen.append(gc.get_freeze_count())
+
+    gc.unfreeze()
+    for is_frozen_before in (False, True):
+        frozen = []
+        if is_frozen_before:
+            gc.freeze()
+        net_federation(tmp_path / str(is_frozen_before), callbacks=[Watch()]).train()
+        assert len(frozen) > 2 and min(frozen) > 10_000
+        assert (gc.get_freeze_count() > 0) == is_frozen_before

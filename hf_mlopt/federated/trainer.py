@@ -1,9 +1,11 @@
 """A Trainer at every site, and a server that makes one model of theirs."""
 
+import gc
 import logging
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,11 +123,9 @@ class FederatedTrainer:
         try:
             self._begin(resume_from_checkpoint)
             self._callbacks.on_train_begin(self.args, self._state, self._control)
-            with tqdm(total=self.args.num_rounds, unit="round", disable=self.args.disable_tqdm) as bar:
-                bar.update(self.algorithm.round)
-                while self.algorithm.round < self.args.num_rounds:
-                    self._round(bar)
-            self._evaluate_last()
+            with spared_modules():
+                self._rounds()
+                self._evaluate_last()
         finally:
             self.engine.close()
         self.load_server_model()
@@ -192,6 +192,12 @@ class FederatedTrainer:
         if selector is None or not selector.takes_weights or num_sites < 2:
             return message
         return Message({**message.groups, "selector": selector_weights(self.model, num_sites, self.args.seed)})
+
+    def _rounds(self) -> None:
+        with tqdm(total=self.args.num_rounds, unit="round", disable=self.args.disable_tqdm) as bar:
+            bar.update(self.algorithm.round)
+            while self.algorithm.round < self.args.num_rounds:
+                self._round(bar)
 
     def _round(self, bar: tqdm) -> None:
         args, round, pending = self.args, self.algorithm.round, set(self.algorithm.configure(self.algorithm.round))
@@ -283,6 +289,23 @@ class FederatedTrainer:
 
     def _run(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in _OF_A_RUN}
+
+
+@contextmanager
+def spared_modules() -> Iterator[None]:
+    """
+    Has garbage collections pass over what is there before: every Trainer begins and ends with full ones, which take
+    a quarter of a second each for the objects of transformers' modules alone.
+    """
+    if gc.get_freeze_count():  # it is done already
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _local_engine(args: FederatedTrainingArguments, names: list[str], client: FederatedClient) -> Engine:

@@ -1,5 +1,6 @@
 """Sites in a few processes of this machine: side by side, and left behind where they die or are too slow."""
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -135,6 +136,7 @@ def _serve(connection: Connection, pickled: bytes, num_threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     torch.set_num_threads(num_threads)
     answer = dill.loads(pickled)
+    gc.freeze()  # see `spared_modules` of the trainer
     while True:
         try:
             site, header, arrays = connection.recv()

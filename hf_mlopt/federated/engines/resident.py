@@ -4,6 +4,7 @@ a model each time. It hears on a socket of this machine's file system; who may o
 """
 
 import argparse
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -69,7 +70,9 @@ def listen(address: str, application: Callable[[Values], Any]) -> None:
                     try:
                         if key != (key := json.dumps(configs, sort_keys=True)):
                             site = None  # before the next one, for both may not fit
+                            gc.unfreeze()
                             site = Site(application(configs[0]), *configs)
+                            gc.freeze()  # see `spared_modules` of the trainer
                         if request["header"] is not None:
                             header, answer = site.answered(request["header"], blobs)
                         said = {"site": site.name, "header": header}
