@@ -51,10 +51,7 @@ style: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/pruning.py --short
-	$(BIN)/python benchmarks/pruning_scale.py --short
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation.py --short
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/optimizers.py --short
+	$(BIN)/python benchmarks/short_forms.py
 
 # What the benchmarks compare with has versions of its own.
 peers: $(PEER)/.ready

@@ -19,8 +19,12 @@ class Results:
     """A JSON file that holds every finished row, also when the run is cut short."""
 
     def __init__(self, name: str, command: str):
-        self.path = RESULTS / f"{name}.json"
         self.record = {"command": command, "date": time.strftime("%Y-%m-%d"), "environment": environment(), "rows": []}
+        self.path = RESULTS / f"{name}.json"
+        if name.endswith("_gpu") and not _has_gpu(self.record) and self.path.is_file():
+            # A check on a CPU never takes the place of what a GPU measured.
+            if _has_gpu(json.loads(self.path.read_text(encoding="utf-8"))):
+                self.path = RESULTS / f"{name}_short.json"
 
     def add(self, **row) -> None:
         self.record["rows"].append(row)
@@ -42,6 +46,10 @@ class Results:
     def save(self) -> None:
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+
+
+def _has_gpu(record: dict) -> bool:
+    return " x " in record["environment"]["machine"]
 
 
 def require(*packages: str) -> None:

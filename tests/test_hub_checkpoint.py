@@ -357,6 +357,15 @@ def test_a_sharded_checkpoint_needs_every_shard_whole(tmp_path, tiny_mixtral):
         resolve_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/outside.safetensors", "a/b.safetensors", 3, ""])
+def test_an_index_of_shards_that_leads_elsewhere_is_refused(shard, mixtral_source):
+    (mixtral_source / "model.safetensors").rename(mixtral_source.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
+    (mixtral_source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="is no name of a file beside it"):
+        resolve_checkpoint(mixtral_source)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [

@@ -333,6 +333,9 @@ def _read_index(path: Path) -> dict:
         raise InputError(f"{path}: not JSON ({error}); download it again") from None
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise InputError(f"{path}: not an index of shards, it has no weight_map; download it again")
+    for shard in index["weight_map"].values():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:  # it must not lead out of the directory
+            raise InputError(f"{path}: {shard!r} is no name of a file beside it; download it again")
     return index
 
 
