@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.vertical.aggregate import sum_request
 from hf_mlopt.vertical.backward import noise_for
 from hf_mlopt.vertical.messages import Frame, FrameError, Kind, Purpose, parse_frame
@@ -160,9 +160,89 @@ def test_modes_that_cannot_be(options, text):
         VerticalArguments(labels="owner", **options)
 
 
-def test_no_restart_in_the_middle(federate):
+def stopped_and_resumed(federate, X, y, splits, at, total, **options):
+    """A whole run, one that goes on from its states of step `at`, and those states."""
+    saved = {}
+
+    def after_step(updater):
+        if updater.position == at:
+            whole.parties[0].settle()
+            saved["p00"] = whole.parties[0].state_dict()
+
+    options = {"max_steps": total} | options | OWNER
+    whole = federate(X, y, splits, **options)
+    for party in whole.parties:
+        party.on_save(lambda position, party=party: saved.update({party.name: party.state_dict(), "at": position}))
+    whole.train(p00=after_step)
+    assert saved.pop("at") == at and sorted(saved) == [party.name for party in whole.parties]
+    again = federate(X, y, splits, epoch=1, **options)
+    for party in again.parties:
+        party.load_state_dict(saved[party.name])
+    again.train()
+    return whole, again, saved
+
+
+@pytest.mark.parametrize("mask", ["none", "pairwise"])
+@pytest.mark.parametrize("algorithm", ["sgd", "saga"])
+def test_a_restart_of_all_blocks_continues_to_the_bit(federate, algorithm, mask):
     X, y = problem()
-    federation = federate(X, y, random_split(17, 3, seed=1), backward="plain", batch_size=8, max_steps=2, **OWNER)
-    federation.train()
-    with pytest.raises(InputError, match="train from the start"):
-        federation.parties[1].load_state_dict(federation.parties[1].state_dict())
+    options = {"algorithm": algorithm, "mode": "sync", "batch_size": 8, "backward": "plain", "mask": mask}
+    whole, again, saved = stopped_and_resumed(federate, X, y, random_split(17, 3, seed=1), 5, 11, **options)
+    np.testing.assert_array_equal(again.weights, whole.weights)
+    for name in ("p01", "p02"):
+        assert saved[name]["store"]["version"] == 5
+        assert not np.array_equal(saved[name]["store"]["weights"]["values"], whole.parties[int(name[1:])].weights)
+    for one, two in zip(again.parties, whole.parties, strict=True):
+        assert (one.store.version, one.responder.budget.used()) == (11, two.responder.budget.used())
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_restart_under_encryption(federate, mode):
+    """New keys, the same table: to the bit in sync mode, and in async mode no party in the middle of a batch."""
+    pytest.importorskip("phe", reason="backward='he' needs the package phe")
+    X, y = problem(rows=8, columns=2)
+    splits = [np.array([0]), np.array([1])]
+    options = {"mode": mode, "batch_size": 4, "bias": False, "backward": "he", "mask": "none"}
+    at = 2 if mode == "sync" else 1  # the other party then computes with the first batch
+    whole, again, saved = stopped_and_resumed(federate, X, y, splits, at, at + 2, **options)
+    assert [saved[name]["store"]["version"] for name in ("p00", "p01")] == [at, at]
+    keys = {federation.parties[1].responder.backward._paillier._public.n for federation in (whole, again)}
+    assert len(keys) == 2
+    if mode == "sync":
+        np.testing.assert_array_equal(again.weights, whole.weights)
+    consistent(saved, X[:, splits[1]], "p01", 2.0**-20)
+    assert again.parties[1].store.version > at
+
+
+def consistent(saved, features, name, bound):
+    """SAGA's a_l of a party is that of the table which the owner keeps for it."""
+    table = saved["p00"]["updater"]["backward"]["tables"][name]
+    mean = features.T @ table / len(table)
+    assert np.any(mean) and np.abs(saved[name]["store"]["weights"]["drift"] - mean).max() <= bound
+
+
+def test_states_of_an_asynchronous_run_are_of_one_moment(federate):
+    X, y = problem(rows=40, columns=9)
+    splits = random_split(9, 3, seed=0)
+    options = {"num_epochs": 60, "max_steps": None, "batch_size": 8, "backward": "plain"}
+    _, again, saved = stopped_and_resumed(federate, X, y, splits, 100, None, **options)
+    for name, split in zip(("p01", "p02"), splits[1:], strict=True):
+        consistent(saved, X[:, split], name, 1e-12)
+    assert [party.store.version for party in again.parties][0] == 300
+    assert all(party.store.version > saved[party.name]["store"]["version"] for party in again.parties)
+
+
+def test_no_state_in_the_middle_of_a_batch_or_under_noise(federate):
+    X, y = problem()
+    splits = random_split(17, 3, seed=1)
+    party = federate(X, y, splits, backward="plain", batch_size=8, **OWNER).parties[1]
+    party.on_save(lambda position: pytest.fail("it must not save"))
+    party.responder.backward._masks = (3, 0, [1])
+    save = Frame(Kind.SAVE, Purpose.TRAIN, party.responder.run, 4).to_bytes()
+    reply = parse_frame(party.responder.on_request("p00", save), party.responder.run)
+    assert "in the middle of a batch" in reply.text
+    assert "has no labels" in parse_frame(party.responder.on_request("p02", save), party.responder.run).text
+    options = {"backward": "dp", "dp_epsilon": 2.0, "dp_delta": 1e-3, "batch_size": 8, "max_steps": 2}
+    for party in federate(X, y, splits, **options, **OWNER).parties[:2]:
+        with pytest.raises(ConfigurationError, match="more than dp_epsilon allows; train from the start"):
+            party.load_state_dict(party.state_dict())

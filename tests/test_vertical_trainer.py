@@ -103,6 +103,29 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, mask):
     assert json.loads((tmp_path / "state.json").read_text())["global_step"] == 54
 
 
+def test_parties_without_labels_resume_with_their_owner(tmp_path):
+    options = {"mode": "sync", "labels": "owner", "backward": "plain", "allow_unsafe": True, "num_epochs": 3}
+    whole, _, _ = make(**options)
+    whole.train()
+
+    class Crash(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 31:
+                raise KeyError("power cut")
+
+    first, _, _ = make(tmp_path, save_steps=10, callbacks=[Crash()], **options)
+    with pytest.raises(KeyError):
+        first.train()
+    # The newest that all have: as if the owner had ended between the others' files and its own.
+    (tmp_path / "bank" / "checkpoint-30").rename(tmp_path / "lost")
+    again, _, _ = make(tmp_path, save_steps=10, **options)
+    again.train(resume=True)
+    assert again.metrics["bank"]["updates"] == 54 - 20
+    for name in NAMES:
+        np.testing.assert_array_equal(again.parties[name].weights, whole.parties[name].weights)
+        assert again.parties[name].store.version == 54
+
+
 def test_an_asynchronous_run_resumes_each_party_where_it_was(tmp_path):
     first, _, _ = make(tmp_path, save_steps=9, max_steps=30)
     first.train()

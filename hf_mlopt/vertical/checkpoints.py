@@ -18,12 +18,14 @@ WEIGHTS, CONFIG = "model.safetensors", "vertical_config.json"
 
 def save_state(party: VerticalParty, folder: str | Path):
     """
-    Writes a checkpoint; a crash leaves the whole of it or nothing.
+    Writes a checkpoint; a crash leaves the whole of it or nothing. Parties to whom this one gives derivatives write
+    theirs first.
 
     Args:
         party ([`VerticalParty`]): Between two steps; call from its thread.
         folder (`str` or `Path`): Replaced if it exists. It tells labels and weights: keep it as safe as the data.
     """
+    party.settle()
     folder, arrays = Path(folder), {}
     scalars = {"run": party.digest.hex(), "party": party.name, "state": _split(party.state_dict(), "", arrays)}
     scratch = folder.with_name(f".{folder.name}.part")

@@ -4,7 +4,8 @@ what each mode tells.
 
 Owner and party keep SAGA's state between them: the owner a table t of the derivatives each party has, beginning at
 zero, the party a_l. So only differences θ_B - t_B travel, and a party that is still busy with a batch misses the next
-ones without harm.
+ones without harm. A checkpoint needs both of one moment: the owner waits until no one is busy, has the others write
+their states, and then writes its own.
 """
 
 from collections.abc import Callable
@@ -101,6 +102,26 @@ class BackwardOwner:
             while not self._advance(peer, self._busy[peer], wait=True):
                 pass
 
+    def save(self, position: int):
+        """
+        Has all others write their states, none being busy. Call it before the owner's own state is written.
+
+        Args:
+            position (`int`): Steps that the owner has made.
+        """
+        self.finish()
+        frame = Frame(Kind.SAVE, Purpose.TRAIN, self.run, position)
+        for peer, reply in [(peer, self._request(peer, frame)) for peer in self._busy]:
+            self._receive(peer, reply)
+
+    def state_dict(self) -> dict:
+        """The tables t. Keys are new at each start."""
+        return {"tables": {peer: table.copy() for peer, table in self._tables.items()}}
+
+    def load_state_dict(self, state: dict):
+        """Takes over what [`state_dict`] gave."""
+        self._tables = {peer: np.array(table, np.float64) for peer, table in state["tables"].items()}
+
     def _begin(self, peer: str, position: int, batch: int, theta: np.ndarray) -> _Sent:
         rows, values = self.block.batches[batch].rows, theta
         if self.arguments.algorithm == "saga":
@@ -149,7 +170,7 @@ class BackwardParty:
         run (`bytes`): Of all frames.
     """
 
-    KINDS = (Kind.KEY, Kind.THETA, Kind.CIPHER, Kind.PLAIN)
+    KINDS = (Kind.KEY, Kind.THETA, Kind.CIPHER, Kind.PLAIN, Kind.SAVE)
 
     def __init__(
         self, arguments: VerticalArguments, owner: str, block: FeatureBlock, store: WeightStore, run: bytes, words: int
@@ -159,6 +180,7 @@ class BackwardParty:
         self._paillier: PaillierParty | None = None
         self._masks: tuple[int, int, list[int]] | None = None  # position, batch, r
         self._last = -1
+        self.save: Callable[[int], None] = lambda position: None  # set by whoever writes checkpoints
 
     def answer(self, peer: str, frame: Frame) -> Frame:
         """
@@ -173,6 +195,11 @@ class BackwardParty:
             if self._paillier is not None:
                 raise InputError("a second key in one run: start again")
             self._paillier = PaillierParty(frame.values.tobytes())
+            return self._receipt(frame)
+        if frame.kind is Kind.SAVE:
+            if self._masks is not None:
+                raise InputError("a state cannot be written in the middle of a batch: start again")
+            self.save(frame.round_id)
             return self._receipt(frame)
         if frame.batch >= len(self.block.batches):
             raise InputError(f"batch {frame.batch} is unknown; compare rows and batch_size")
@@ -194,6 +221,14 @@ class BackwardParty:
             raise InputError(f"derivatives of shape {list(frame.values.shape)} for {len(batch.rows)} rows; compare")
         self._step(batch, batch.backward(frame.values) / len(batch.rows))
         return self._receipt(frame)
+
+    def state_dict(self) -> dict:
+        """The last position; a_l is the drift of the weights."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state: dict):
+        """Takes over what [`state_dict`] gave."""
+        self._last = int(state["last"])
 
     def _unmask(self, frame: Frame, batch) -> Frame:
         if self._masks is None or self._masks[:2] != (frame.round_id, frame.batch):

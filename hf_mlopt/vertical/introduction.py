@@ -172,8 +172,9 @@ class Introduction:
         for name in ("alignment", "num_rows"):
             here, there = getattr(own, name), getattr(facts, name)
             if here != there:
-                text = f"{name}: {here!r} here, {there!r} at {peer!r}: align the parties anew, with one eval_share"
-                raise InputError(text)
+                here, there = (value[:16] if isinstance(value, str) else value for value in (here, there))
+                text = f"{name}: {here!r} here, {there!r} at {peer!r}: other rows, or in another order"
+                raise InputError(f"{text}; align all parties anew (alignment=ecdh), with one eval_share")
         if bool(facts.public_key) != bool(own.public_key):
             raise InputError(f"mask: party {peer!r} and this one disagree on masks; compare the arguments")
         if self.credentials is not None:

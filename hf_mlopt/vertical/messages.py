@@ -31,7 +31,8 @@ class Kind(enum.IntEnum):
     THETA = 10  # derivatives of a batch, for a party without labels
     CIPHER = 11  # the same, encrypted
     PLAIN = 12  # masked gradient, decrypted
-    RECEIPT = 13  # the answer to one of these four
+    RECEIPT = 13  # the answer to one of these four, and to the next
+    SAVE = 14  # by the label owner: write the state of this position now, it is about to write its own
 
 
 class Purpose(enum.IntEnum):

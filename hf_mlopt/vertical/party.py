@@ -203,10 +203,27 @@ class VerticalParty:
         """A copy of the own block, `[d_l, K]`, the bias last."""
         return self.store.read_all()
 
+    def on_save(self, save: Callable[[int], None]):
+        """
+        Sets what a party that trains without labels does before the label owner writes its state.
+
+        Args:
+            save (`Callable`): Called with the owner's number of steps; writes the own state.
+        """
+        if self.responder.backward is not None:
+            self.responder.backward.save = save
+
+    def settle(self):
+        """Before a state is written: has those write theirs whom this party gives derivatives."""
+        if self.updater is not None and self.updater.backward is not None:
+            self.updater.backward.save(self.updater.position)
+
     def state_dict(self) -> dict:
         """What a restart needs: weights, versions, tables, position, request numbers, views given."""
-        updater = self.updater.state_dict() if self.updater is not None else {}
-        return {"store": self.store.state_dict(), "updater": updater, "responder": self.responder.state_dict()}
+        state = {"store": self.store.state_dict(), "responder": self.responder.state_dict()}
+        for name, part in (("updater", self.updater), ("backward", self.responder.backward)):
+            state[name] = part.state_dict() if part is not None else {}
+        return state
 
     def load_state_dict(self, state: dict, *, new_keys: bool = True):
         """
@@ -215,11 +232,16 @@ class VerticalParty:
         Args:
             state (`dict`): Of the same party, roster and arguments.
             new_keys (`bool`, *optional*, defaults to `True`): See [`Responder.load_state_dict`].
+
+        Raises:
+            ConfigurationError: With `backward=dp`: derivatives after the checkpoint would be released a second time.
         """
-        if self.arguments.backward in MODES:
-            text = "cannot go on from a checkpoint: the label owner's table and the others' blocks must be of one time"
-            raise ConfigurationError("backward", self.arguments.backward, f"{text}; train from the start")
+        if self.arguments.backward == "dp":
+            text = "cannot go on from a checkpoint: what was sent after it would be sent again with other noise, more "
+            raise ConfigurationError("backward", "dp", f"{text}than dp_epsilon allows; train from the start")
         self.store.load_state_dict(state["store"])
         self.responder.load_state_dict(state["responder"], new_keys=new_keys)
         if self.updater is not None:
             self.updater.load_state_dict(state["updater"])
+        if self.responder.backward is not None:
+            self.responder.backward.load_state_dict(state["backward"])

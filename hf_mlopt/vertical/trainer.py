@@ -14,6 +14,7 @@ from hf_mlopt.vertical.aggregate import PairwiseSharing, PlainSharing, Sharing
 from hf_mlopt.vertical.arguments import Parties, VerticalArguments
 from hf_mlopt.vertical.checkpoints import load_state, save_block, save_state
 from hf_mlopt.vertical.climb import TreeSharing
+from hf_mlopt.vertical.gradients import MODES
 from hf_mlopt.vertical.metrics import predictions, score_metrics, training_speed
 from hf_mlopt.vertical.party import VerticalParty
 from hf_mlopt.vertical.transport.base import PeerLost
@@ -71,6 +72,8 @@ class VerticalTrainer:
             labels = train_labels if name in holders else None
             pause, transport = (compute or {}).get(name), self._hub.transports[name]
             self.parties[name] = VerticalParty(args, facts, transport, sharings[name], features, labels, compute=pause)
+            if save_steps is not None:
+                self.parties[name].on_save(lambda position, name=name: self._save(name, position))
         self.owner = self.parties[label_owner]
         self.state, self.control = TrainerState(max_steps=self.owner.updater.num_steps), TrainerControl()
         self.metrics: dict[str, dict[str, float]] = {}
@@ -80,8 +83,8 @@ class VerticalTrainer:
         Trains all parties to their last step.
 
         Args:
-            resume (`bool`, *optional*, defaults to `False`): From the newest checkpoints in `output_dir`; in sync mode
-                the newest that all parties have.
+            resume (`bool`, *optional*, defaults to `False`): From the newest checkpoints in `output_dir`; in sync
+                mode, or where parties train without labels, the newest that all have.
 
         Returns:
             `dict`: For each party that updates, `updates`, `updates_per_second`, `share_waiting` (of its time),
@@ -116,7 +119,7 @@ class VerticalTrainer:
 
     def _after_step(self, party: VerticalParty, updater: Updater):
         if self.save_steps and updater.position % self.save_steps == 0:
-            save_state(party, self._checkpoint(party.name, updater.position))
+            self._save(party.name, updater.position)
         if party is not self.owner:
             return
         num_batches = updater.schedule.num_batches
@@ -135,23 +138,25 @@ class VerticalTrainer:
                 if party.updater is not None:
                     party.updater.num_steps = min(party.updater.num_steps, last)
 
+    def _save(self, name: str, position: int):
+        save_state(self.parties[name], self._checkpoint(name, position))
+
     def _checkpoint(self, name: str, position: int) -> Path:
         return self.output_dir / name / f"checkpoint-{position}"
 
     def _resume(self):
-        updating = [name for name, party in self.parties.items() if party.updater is not None]
+        is_common = self.args.mode == "sync" or self.args.backward in MODES
+        updating = list(self.parties) if self.args.backward in MODES else self.owner.holders
         found = {}
         for name in updating:
             folders = self.output_dir.glob(f"{name}/checkpoint-*") if self.output_dir else ()
             found[name] = {int(folder.name.rpartition("-")[2]) for folder in folders}
         common = set.intersection(*found.values())
         if not common:
-            text = (
-                f"resume: no checkpoint in {str(self.output_dir)!r} that all of {updating} have; train from the start"
-            )
-            raise InputError(text)
+            text = f"resume: no checkpoint in {str(self.output_dir)!r} that all of {list(updating)} have"
+            raise InputError(f"{text}; train from the start")
         for name in updating:
-            position = max(common) if self.args.mode == "sync" else max(found[name])
+            position = max(common) if is_common else max(found[name])
             load_state(self.parties[name], self._checkpoint(name, position))
 
     def predict(self, features: dict) -> np.ndarray:

@@ -169,6 +169,7 @@ class Updater:
             "anchors": self.anchors.state_dict() if self.anchors is not None else {},
             "versions": dict(self.inbox.versions),
             "collector": self.collector.state_dict(),
+            "backward": self.backward.state_dict() if self.backward is not None else {},
         }
 
     def load_state_dict(self, state: dict):
@@ -180,3 +181,5 @@ class Updater:
         for peer, version in state["versions"].items():
             self.inbox.saw(peer, int(version))
         self.collector.load_state_dict(state["collector"])
+        if self.backward is not None:
+            self.backward.load_state_dict(state["backward"])

@@ -37,7 +37,8 @@ def who_learns_what(recipe: SimulationRecipe) -> list[str]:
     """
     names, count = recipe.names, recipe.parties
     holders = names if recipe.labels == "shared" else names[:1]
-    lines = [f"{', '.join(holders)} train, and learn the sum of all scores of the rows they ask for, at each version."]
+    who = f"{holders[0]} trains, and learns" if len(holders) == 1 else f"{', '.join(holders)} train, and learn"
+    lines = [f"{who} the sum of all scores of the rows asked for, at each version."]
     if count == 1:
         return ["One party alone: there is no one to learn anything."]
     if recipe.mask == "none":
@@ -160,9 +161,11 @@ def _label_lines(recipe: SimulationRecipe, blocks: dict[str, VerticalData], labe
         for name, block in list(blocks.items())[1:]:
             features = _dense([block])[rows]
             found = theta_from_block_gradient(features.T @ theta / len(rows), features)
-            error, leak = _relative(found, theta), label_leak(len(rows), features.shape[1], visits)
-            text = f"{name}: derivatives of a batch from its own gradient: relative error {error:.2g}"
-            lines.append(f"{text}; labels over all epochs by theory: AUC {leak:.2f}")
+            once, all_visits = (label_leak(len(rows), features.shape[1], number) for number in (1, visits))
+            text = (
+                f"{name}: derivatives of a batch from its own gradient: relative error {_relative(found, theta):.2g}"
+            )
+            lines.append(f"{text}; labels by theory: AUC {once:.2f} from one epoch, at most {all_visits:.2f} from all")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,31 @@ def read_party(recipe: PartyRecipe, other: str | None = None) -> VerticalData:
     Args:
         recipe ([`PartyRecipe`]): Names the file and its columns.
         other (`str`, *optional*): A file of other rows, to predict; the training rows are read in any case.
+
+    Raises:
+        InputError: If the file cannot be used, its ids repeat, or its labels are none of the loss: before anyone is
+            connected.
     """
+    data = _read(recipe, other)
+    for field, check in (("id_column", _check_ids), ("label_column", _check_labels)):
+        try:
+            check(recipe, data)
+        except InputError as error:
+            where = f"{field}={getattr(recipe, field)!r}" if recipe.is_table else recipe.data
+            raise InputError(f"{where}: {error}") from error
+    return data
+
+
+def _check_ids(recipe: PartyRecipe, data: VerticalData):
+    prepare_ids(data.ids, recipe.duplicates)
+
+
+def _check_labels(recipe: PartyRecipe, data: VerticalData):
+    if data.label is not None:
+        make_loss(recipe.loss, recipe.num_labels).check_labels(training_labels(data.label, recipe.loss))
+
+
+def _read(recipe: PartyRecipe, other: str | None) -> VerticalData:
     is_owner = recipe.party == recipe.label_owner
     if not recipe.is_table:
         data = read_libsvm(recipe.data, recipe.num_features, with_label=is_owner, constant="keep")
@@ -35,7 +60,8 @@ def read_party(recipe: PartyRecipe, other: str | None = None) -> VerticalData:
     encoder = ColumnEncoder(*how, recipe.scale, recipe.constant, recipe.unknown, recipe.sparse)
     table = read_table(Path(recipe.data))
     encoder.fit(table)
-    return encoder.transform(table if other is None else read_table(Path(other)))
+    data = encoder.transform(table if other is None else read_table(Path(other)))
+    return data if other is None else replace(data, label=None)
 
 
 def training_labels(label: np.ndarray, loss: str) -> np.ndarray:
@@ -98,7 +124,7 @@ def simulated_parties(recipe: SimulationRecipe) -> tuple[dict[str, VerticalData]
         joined = _joined(files)
         columns = split_contiguous(joined.features.shape[1], recipe.parties)
         files = [joined.select(part, with_label=False) for part in columns]
-    blocks = [VerticalData(first.ids, file.features, file.names) for file in files]
+    blocks = [VerticalData(first.ids, file.features, file.names) for file in files]  # the first alone has labels
     blocks[0] = VerticalData(first.ids, files[0].features, files[0].names, labels)
     return dict(zip(recipe.names, blocks, strict=True)), labels
 
@@ -119,14 +145,27 @@ def _files(recipe: SimulationRecipe) -> list[VerticalData]:
     found: list[VerticalData] = []
     for number, path in enumerate(recipe.data):
         if Path(path).suffix in (".csv", ".parquet"):
-            encoder = ColumnEncoder(recipe.id_column, None if number else recipe.label_column)
             table = read_table(path)
+            has_label = recipe.label_column in table.column_names or not number
+            encoder = ColumnEncoder(recipe.id_column, recipe.label_column if has_label else None)
             data = encoder.fit(table).transform(table)
         else:
             count = recipe.num_features[number] if recipe.num_features else None
-            data = read_libsvm(path, count, with_label=not number, constant="drop")
-        found.append(_in_order(data, found[0].ids, path) if found else data)
+            data = read_libsvm(path, count, with_label=True, constant="drop")
+        if found:
+            data = _in_order(data, found[0].ids, path)
+            _check_second_label(data.label, found[0].label, path)
+        found.append(data)
     return found
+
+
+def _check_second_label(label: np.ndarray | None, first: np.ndarray | None, path: str):
+    """The first file's labels are used. Others may lack them, or have one value everywhere as LIBSVM needs some."""
+    if label is None or first is None or (label == label[0]).all() or np.array_equal(label, first):
+        return
+    row = int(np.flatnonzero(label != first)[0])
+    text = f"{path}: row {row} has the label {label[row]:g}, and in the first file {first[row]:g}; the rows do not "
+    raise InputError(f"{text}align, or the label is another: correct or drop it")
 
 
 def _in_order(data: VerticalData, ids: list, path: str) -> VerticalData:

@@ -13,6 +13,7 @@ from hf_mlopt.vertical.align import Alignment
 from hf_mlopt.vertical.arguments import Parties
 from hf_mlopt.vertical.checkpoints import load_state, save_block, save_state
 from hf_mlopt.vertical.data import VerticalData
+from hf_mlopt.vertical.gradients import MODES
 from hf_mlopt.vertical.introduction import Facts, session_id
 from hf_mlopt.vertical.metrics import score_metrics, training_speed
 from hf_mlopt.vertical.party import VerticalParty
@@ -101,6 +102,7 @@ class _Training:
         rows = self.data.take(train)
         key = Party(recipe.party) if recipe.mask == "pairwise" else None
         party, facts = self._meet(key, rows)
+        party.on_save(lambda position: self._save(party, position))
         if recipe.resume:
             self._resume(party, facts)
         if len(held_out):
@@ -145,11 +147,13 @@ class _Training:
         return VerticalParty(arguments, parties, transport, sharing, rows.features, labels, run, **given), facts
 
     def _resume(self, party: VerticalParty, facts: dict[str, Facts]):
-        if party.updater is None and not checkpoints(self.output):
-            return
+        trains_without_labels = self.recipe.backward in MODES
         steps = set(checkpoints(self.output))
-        if self.recipe.mode == "sync":
-            steps = steps.intersection(*(facts[name].checkpoints for name in party.holders))
+        if party.updater is None and not trains_without_labels and not steps:
+            return
+        if trains_without_labels or self.recipe.mode == "sync":
+            together = facts if trains_without_labels else party.holders
+            steps = steps.intersection(*(facts[name].checkpoints for name in together))
         if not steps:
             others = {name: list(fact.checkpoints) for name, fact in facts.items()}
             raise InputError(f"resume: no checkpoint to go on from, there are {others}; set resume=false everywhere")
@@ -165,12 +169,15 @@ class _Training:
     def _after_step(self, party: VerticalParty, updater: Updater):
         recipe, position = self.recipe, updater.position
         if recipe.save_steps and position % recipe.save_steps == 0:
-            save_state(party, self.output / f"checkpoint-{position}")
+            self._save(party, position)
         if recipe.trace_steps and (position % recipe.trace_steps == 0 or position == updater.num_steps):
             self._remember(party)
         if position % updater.schedule.num_batches == 0 and logger.isEnabledFor(logging.INFO):
             loss, epoch = float(np.mean(updater.losses)), position // updater.schedule.num_batches
             logger.info("%s: epoch %d, step %d, training loss %.4f", recipe.party, epoch, position, loss)
+
+    def _save(self, party: VerticalParty, position: int):
+        save_state(party, self.output / f"checkpoint-{position}")
 
     def _remember(self, party: VerticalParty):
         if self.recipe.trace_steps:

@@ -45,9 +45,10 @@ class PartyRecipe(VerticalArguments):
         accept_dictionary_attack (`bool`, *optional*, defaults to `False`): What `alignment=hmac` needs.
         eval_share (`float`, *optional*, defaults to 0.0): Part of the common rows that is kept to evaluate on.
         output_dir (`str`, *optional*): For alignment, checkpoints, audit log, results and the own block.
-        save_steps (`int`, *optional*): Own steps between two checkpoints.
+        save_steps (`int`, *optional*): Own steps between two checkpoints. Parties that train without labels write
+            theirs when the label owner does.
         resume (`bool`, *optional*, defaults to `False`): Go on from the newest checkpoint in `output_dir`; in sync
-            mode from the newest that all parties have.
+            mode, or where parties train without labels, from the newest that all have.
         connect_timeout (`float`, *optional*, defaults to 600.0): Seconds to wait for the others at the start.
         step_seconds (`float`, *optional*, defaults to 0.0): Sleep in each step, in a simulation of slow parties.
         trace_steps (`int`, *optional*): Own steps between two copies of the weights in `trace.npz`, to draw the course
@@ -104,13 +105,17 @@ class PartyRecipe(VerticalArguments):
             self._require(name, value is None or value >= 1, "must be at least 1")
         self._require("connect_timeout", 0 < self.connect_timeout < float("inf"), "must be above 0 seconds")
         self._require("step_seconds", 0 <= self.step_seconds < float("inf"), "must be at least 0")
-        text = f"cannot go on from a checkpoint with backward={self.backward}; train from the start"
-        self._require("resume", not self.resume or self.backward in (None, "none"), text)
+        text = "is of no use with backward=dp: after a restart noise would be drawn anew, and dp_epsilon exceeded; "
+        for name in ("save_steps", "resume"):
+            self._require(name, not getattr(self, name) or self.backward != "dp", text + "leave it out")
         given = self.plaintext != (self.credentials is not None)
         self._require("credentials", given, "name their folder, or set plaintext=true on one machine, and not both")
         is_owner, is_table = self.party == self.label_owner, self.is_table
-        text = "names the label of a table at the label owner, and at no one else"
-        self._require("label_column", (self.label_column is not None) == (is_owner and is_table), text)
+        is_needed = is_owner and is_table
+        text = "is needed at the label owner; name the column of its table that holds the labels"
+        self._require("label_column", self.label_column is not None or not is_needed, text)
+        text = "names the labels of a table at the label owner alone; leave it out, and drop the column from the table"
+        self._require("label_column", self.label_column is None or is_needed, text)
         self.check_masks(len(self.parties))
 
     @property

@@ -143,6 +143,8 @@ class Link:
                 reason = "closed its connection"
             except grpc.aio.AioRpcError as error:
                 reason = f"connection lost: {error.code().name} {error.details()}"
+                if "handshake failed" in reason:
+                    reason += "; one of the two certificates is foreign, expired or another party's: compare them"
             except (MalformedFrame, TimeoutError) as error:
                 reason = f"connection closed: {error}"
             if self.connected.is_set():
