@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     recipes = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in (".yaml", ".py")
+        if path.suffix in (".yaml", ".py", ".sbatch")
     }
     if args.action == "list":
         width = max(map(len, recipes), default=0)
@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _summary(recipe: Path) -> str:
-    """The comment or docstring that a recipe begins with; its first line."""
-    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
+    """The comment or docstring that a recipe begins with; its first line, after that which names an interpreter."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    first = next((line for line in lines if not line.startswith("#!")), "")
     return first.strip('#" ') if first.startswith(("#", '"""')) else ""
 
 
