@@ -1,5 +1,6 @@
 """Models of binary segmentation by name, their loss, and Dice."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -92,17 +93,18 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="hf_mlopt"
 
 def _unet(num_channels: int, width: int, spatial_dims: int = 2) -> nn.Module:
     try:
-        from monai.networks.nets import UNet
+        from monai.networks.nets import DynUNet
     except ImportError as error:
         raise InputError("the U-Nets are MONAI's; install the extra hf-mlopt[medical]") from error
-    return UNet(
+    return DynUNet(
         spatial_dims=spatial_dims,
         in_channels=num_channels,
         out_channels=1,
-        channels=(width, 2 * width, 4 * width),
-        strides=(2, 2),
-        num_res_units=1,
-        norm=("GROUP", {"num_groups": 1}),  # no buffers, and the last layer has a single channel
+        kernel_size=[3, 3, 3],
+        strides=[1, 2, 2],
+        upsample_kernel_size=[2, 2],
+        filters=[width, 2 * width, 4 * width],
+        norm_name=("GROUP", {"num_groups": math.gcd(width, 4)}),  # no buffers, and no statistics of a batch
     )
 
 
