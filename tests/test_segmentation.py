@@ -161,3 +161,22 @@ def test_bad_folders_name_the_file(tmp_path):
         sites_from_folders(tmp_path)
     with pytest.raises(ConfigurationError, match="^size=1"):
         sites_from_folders(tmp_path, size=1)
+
+
+def test_the_u_net_is_that_of_monai():
+    """Layer for layer; only the names differ."""
+    from monai.networks.nets import DynUNet
+
+    for name, dims in (("unet", 2), ("unet3d", 3)):
+        theirs = DynUNet(dims, 2, 1, [3] * 3, [1, 2, 2], [2, 2], [6, 12, 24], norm_name=("GROUP", {"num_groups": 2}))
+        ours = SegmentationModel(name, num_channels=2, width=6)
+        with torch.no_grad():
+            for mine, weight in zip(ours.parameters(), theirs.parameters(), strict=True):
+                mine.copy_(weight)
+        images = torch.rand(2, 2, *[16] * dims)
+        assert torch.equal(ours(images)["logits"], theirs.eval()(images))
+
+
+def test_sizes_that_cannot_be_halved_twice_are_refused():
+    with pytest.raises(InputError, match=r"\[16, 18\] pixels: .* multiples of 4"):
+        SegmentationModel("unet")(torch.rand(1, 3, 16, 18))

@@ -91,21 +91,41 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="hf_mlopt"
         return {"loss": dice_bce_loss(logits, labels), "logits": logits}
 
 
-def _unet(num_channels: int, width: int, spatial_dims: int = 2) -> nn.Module:
-    try:
-        from monai.networks.nets import DynUNet
-    except ImportError as error:
-        raise InputError("the U-Nets are MONAI's; install the extra hf-mlopt[medical]") from error
-    return DynUNet(
-        spatial_dims=spatial_dims,
-        in_channels=num_channels,
-        out_channels=1,
-        kernel_size=[3, 3, 3],
-        strides=[1, 2, 2],
-        upsample_kernel_size=[2, 2],
-        filters=[width, 2 * width, 4 * width],
-        norm_name=("GROUP", {"num_groups": math.gcd(width, 4)}),  # no buffers, and no statistics of a batch
-    )
+class _UNet(nn.Module):
+    """
+    Three levels of MONAI's blocks of nnU-Net. Its DynUNet is made of the same, but has every block twice in its
+    `state_dict`, which safetensors and `functional_call` refuse.
+    """
+
+    def __init__(self, spatial_dims: int, num_channels: int, width: int):
+        super().__init__()
+        try:
+            from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetOutBlock, UnetUpBlock
+        except ImportError as error:
+            raise InputError("the U-Nets are MONAI's; install the extra hf-mlopt[medical]") from error
+        norm = ("GROUP", {"num_groups": math.gcd(width, 4)})  # no buffers, and no statistics of a batch
+        sizes = [num_channels, width, 2 * width, 4 * width]
+        self.down = nn.ModuleList(
+            UnetBasicBlock(spatial_dims, sizes[level], sizes[level + 1], 3, min(2, level + 1), norm)
+            for level in range(3)
+        )
+        self.up = nn.ModuleList(
+            UnetUpBlock(spatial_dims, sizes[level + 1], sizes[level], 3, 1, 2, norm) for level in (2, 1)
+        )
+        self.out = UnetOutBlock(spatial_dims, width, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        sizes, passed = list(images.shape[2:]), []
+        if any(size % 4 for size in sizes):
+            raise InputError(
+                f"images of {sizes} pixels: the U-Net halves them twice; take multiples of 4 (image_size)"
+            )
+        for block in self.down:
+            images = block(images)
+            passed.insert(0, images)
+        for block, skip in zip(self.up, passed[1:], strict=True):
+            images = block(images, skip)
+        return self.out(images)
 
 
 def _segformer(num_channels: int, width: int) -> nn.Module:
@@ -124,7 +144,7 @@ def _segformer(num_channels: int, width: int) -> nn.Module:
     return SegformerForSemanticSegmentation(config)
 
 
-_NETWORKS = {"unet": _unet, "unet3d": partial(_unet, spatial_dims=3), "segformer": _segformer}
+_NETWORKS = {"unet": partial(_UNet, 2), "unet3d": partial(_UNet, 3), "segformer": _segformer}
 
 
 def _require_same_shape(logits: torch.Tensor, masks: torch.Tensor) -> None:
