@@ -251,8 +251,7 @@ def _as_if_it_had_not_agreed(trainer, site, message):
         ({"algorithm_args": {"selector": "best"}}, "algorithm_args.selector='best'"),
         ({"algorithm_args": {"gamma": 0.5}}, "algorithm_args.gamma=0.5: fedsm takes"),
         ({"clip_update": 1.0}, "clip_update=1.0.*personal"),
-        ({"update_codec": "orq-9"}, "update_codec='orq-9'.*personal"),
-        ({"secure_sum": True}, "secure_sum=True.*personal"),
+        ({"update_codec": "orq-9"}, "update_codec='orq-9'.*fedsm"),
     ],
 )
 def test_bad_options_are_named_before_the_first_round(tmp_path, settings, match):

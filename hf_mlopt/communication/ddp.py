@@ -15,6 +15,7 @@ from hf_mlopt.communication.hierarchical import node_groups
 from hf_mlopt.communication.hook import CompressionState, Traffic, compression_hook
 from hf_mlopt.communication.step_ahead import Preconditioner, StepAhead, reach
 from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.optimizers.two_points import TwoPointOptimizer
 
 
 logger = logging.get_logger(__name__)
@@ -102,6 +103,8 @@ class Compression:
                 model.module.register_state_dict_pre_hook(lambda *_: self.ahead.back()),
                 model.module.register_load_state_dict_pre_hook(lambda *_: self.ahead.back()),
             ]
+            if isinstance(self.optimizer, TwoPointOptimizer):  # it moves the weights itself, from the clean ones
+                self._handles.append(self.optimizer.register_switch_pre_hook(self.ahead.back))
         self._averaged_at = -1
 
     def before_step(self) -> None:
@@ -124,6 +127,21 @@ class Compression:
         for handle in self._handles:
             handle.remove()
         self.state.close()
+
+    def hold_zeros(self, zeros: dict[str, torch.Tensor]) -> None:
+        """
+        Has weights that stay zero get no gradient: it is zero before it is coded, after it is decoded, and in what was
+        not sent. What holds the weights themselves is another's matter, such as [`KeepZerosCallback`]'s.
+
+        Args:
+            zeros (`dict[str, torch.Tensor]`): Name of a parameter to a boolean tensor of its shape, true where it
+                stays zero; in place of those of an earlier call.
+        """
+        self.state.zeros = dict(zeros)
+        for residuals in (self.state.residuals, self.state.down_residuals):
+            for name, held in zeros.items():
+                if residuals.get(name) is not None:
+                    residuals.get(name).masked_fill_(held.view(-1), 0)
 
     def take_traffic(self) -> Traffic:
         """What travelled since the last call."""
@@ -160,6 +178,7 @@ class Compression:
             traffic.spread += float((flat - result.mean).square().sum())
             traffic.spread_of += float(flat.square().sum())
             flat.copy_(result.mean)
+            self.state.mask(names, [self._parameters[name].numel() for name in names], flat)
             traffic.bytes_sent += result.bytes_sent
 
     def state_dict(self) -> dict:

@@ -124,6 +124,7 @@ class CompressionState:
         self.up, self.down = config.up, config.down
         self.of_bucket: dict[tuple[str, ...], Codec] = {}  # coded both ways in a codec of its own, see `Budget`
         self.residuals, self.down_residuals = Residuals(), Residuals()
+        self.zeros: dict[str, torch.Tensor] = {}  # by name: where a weight stays zero
         self.traffic = Traffic()
         self.step = 0
         self.is_finite = True
@@ -171,6 +172,19 @@ class CompressionState:
         self.traffic.buckets += 1
         self.traffic.seconds += time.perf_counter() - start
 
+    def mask(self, names: tuple[str, ...], sizes: list[int], *flats: torch.Tensor | None) -> None:
+        """
+        Zeroes what belongs to weights that stay zero: codes of few levels know no zero, and would move them.
+
+        Args:
+            names (`tuple[str]`), sizes (`list[int]`): Of the parameters, and their elements.
+            *flats (`torch.Tensor`, *optional*): Vectors of these parameters, in place.
+        """
+        for flat in flats if any(name in self.zeros for name in names) else ():
+            for name, part in zip(names, () if flat is None else flat.split(sizes), strict=flat is not None):
+                if name in self.zeros:
+                    part.masked_fill_(self.zeros[name].view(-1), 0)
+
     def _unsent(self, names: tuple[str, ...], sizes: list[int], device: torch.device) -> torch.Tensor:
         unsent = self.residuals.flat(names, sizes, device)
         if not self.gathers_all and names not in self.down_residuals.groups():
@@ -195,6 +209,7 @@ class CompressionState:
         with naming_this_rank():
             dist.all_reduce(flat, group=self.group)
         flat.div_(world)
+        self.mask(tuple(named), [gradient.numel() for gradient in gradients], flat)
         _scatter(flat, gradients)
         self.is_finite = self.is_finite and bool(flat.isfinite().all())
         self.traffic.bytes_sent += round(2 * (world - 1) / world * 4 * flat.numel())
@@ -207,7 +222,9 @@ class CompressionState:
             flat.div_(self.loss_scale)
         if feedback:
             flat.add_(self._unsent(names, sizes, flat.device))
+        self.mask(names, sizes, flat)
         result = self._coded_mean(bucket, names, sizes, flat)
+        self.mask(names, sizes, result.mean, result.sent, result.down_error)
         is_finite = bool(result.mean.isfinite().all())  # the same on every rank: all have decoded the same bytes
         if feedback and is_finite:
             unsent = flat.sub(result.sent)

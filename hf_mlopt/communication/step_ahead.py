@@ -26,7 +26,8 @@ def reach(unsent: torch.Tensor, group: dict, state: dict) -> torch.Tensor | floa
     P, by which a gradient that is sent late moves a parameter in the end.
 
     Adam counts a late gradient in v as well, so that it moves nothing far. Without it in v, P of an entry that has
-    hardly been sent before would be lr / eps.
+    hardly been sent before would be lr / eps. RSGD holds a part of every step back, but gives all of it out in the
+    end; so P of RSGD is that of its base.
 
     Args:
         unsent (`torch.Tensor`): e, in the shape of the parameter.
@@ -37,6 +38,7 @@ def reach(unsent: torch.Tensor, group: dict, state: dict) -> torch.Tensor | floa
         `torch.Tensor` or `float`: None for an optimizer that is not known.
     """
     lr = -group["lr"] if group.get("maximize") else group["lr"]
+    state = state.get("base", state)  # of an optimizer around another, such as RSGDWrapper
     if "betas" in group:
         if not state:
             return 0.0  # the first step has not been taken

@@ -37,6 +37,7 @@ class DistillationArguments(MLOptTrainingArguments):
     lora_alpha: float | None = None
 
     def __post_init__(self):
+        self.keep_zeros = self.lora_rank is None  # what adapters start from has zeros too, which are not to be kept
         super().__post_init__()
         for name in ("lmbda", "logit_weight"):
             value = getattr(self, name)

@@ -8,11 +8,9 @@ W + (W != 0) * scaling * B A, in training as in the model that is left when the 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import ParamWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_mlopt.errors import InputError
 from hf_mlopt.moe import moe_layers
 from hf_mlopt.moe.expert_outputs import require_fused
+from hf_mlopt.training.adapters import mask_adapters, wrapped_experts
 
 
 def add_masked_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, **settings) -> PeftModel:
@@ -52,12 +51,7 @@ def add_masked_lora(model: PreTrainedModel, rank: int, alpha: float | None = Non
     with warnings.catch_warnings():  # peft asks for an attribute that transformers has given another name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, config)
-    for module in adapted.modules():
-        if isinstance(module, ParamWrapper):
-            module.get_delta_weight = MethodType(_masked_delta, module)
-    for experts, wrapper in _wrapped_experts(adapted).items():
-        wrapper.zeros_hook = experts.register_forward_pre_hook(_hold_zeros, prepend=True)
-    return adapted
+    return mask_adapters(adapted)
 
 
 @torch.no_grad()
@@ -81,7 +75,7 @@ def merge_masked_lora(model: PeftModel) -> PreTrainedModel:
         )
     for weight, effective in _effective_weights(model):
         weight.copy_(effective)
-    for wrapper in _wrapped_experts(model).values():
+    for wrapper in wrapped_experts(model).values():
         wrapper.zeros_hook.remove()
     return model.unload()
 
@@ -89,36 +83,6 @@ def merge_masked_lora(model: PeftModel) -> PreTrainedModel:
 def count_revived(model: PeftModel) -> int:
     """Weights that are zero in the base model and not in what its experts are multiplied by; 0 unless masks fail."""
     return sum(int(effective[weight == 0].count_nonzero()) for weight, effective in _effective_weights(model))
-
-
-# peft has no place for a mask. While experts run, it makes `W + scaling * B A` of their parameters in a module that it
-# registers as a torch parametrization, takes off again afterwards, and whose kind depends on version, number of
-# adapters and dtype. A forward hook on that module, put there when the experts are called, masks what it gives and
-# goes with it: nothing has to be undone after an exception or a recomputation, and the mask is read off the frozen
-# weight, so that nothing has to be kept in step with it. It must come before anything that reads the weights, as peft
-# has torch cache them for the duration of the call.
-def _hold_zeros(experts: nn.Module, args) -> None:
-    for parametrizations in getattr(experts, "parametrizations", {}).values():
-        for made_by_peft in parametrizations:
-            made_by_peft.register_forward_hook(_mask_update)
-
-
-def _mask_update(_, weights: tuple[torch.Tensor], updated: torch.Tensor) -> torch.Tensor:
-    return updated.masked_fill_(weights[0] == 0, 0)
-
-
-def _masked_delta(wrapper: ParamWrapper, *args, **kwargs) -> torch.Tensor:
-    delta = type(wrapper).get_delta_weight(wrapper, *args, **kwargs)
-    return delta.masked_fill(wrapper.get_param() == 0, 0)
-
-
-def _wrapped_experts(model: nn.Module) -> dict[nn.Module, ParamWrapper]:
-    """Fused experts, each with the outermost of the wrappers, one a parameter, that peft has put round them."""
-    wrapped = {}
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            wrapped.setdefault(module.get_base_layer(), module)
-    return wrapped
 
 
 @torch.no_grad()
@@ -129,7 +93,7 @@ def _effective_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, torch.T
     def read(experts, args):
         found.update({name: getattr(experts, name) for name in experts.parametrizations})
 
-    for experts, wrapper in _wrapped_experts(model).items():
+    for experts, wrapper in wrapped_experts(model).items():
         with _gathered(model, experts), experts.register_forward_pre_hook(read):
             down = experts.down_proj
             hidden_TH = down.new_zeros(1, down.shape[2 if experts.is_transposed else 1])

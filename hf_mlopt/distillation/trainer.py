@@ -24,7 +24,7 @@ from hf_mlopt.evaluation.undisturbed import undisturbed
 from hf_mlopt.moe import moe_layers
 from hf_mlopt.moe.expert_outputs import receive_expert_outputs, require_fused
 from hf_mlopt.moe.layers import text_config
-from hf_mlopt.training import KeepZerosCallback, MLOptTrainer
+from hf_mlopt.training import MLOptTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -90,9 +90,6 @@ class ExpertDistillationTrainer(MLOptTrainer):
             model = add_masked_lora(model, args.lora_rank, args.lora_alpha)
         super().__init__(model=model, args=args, **kwargs)
         require_supported(self.accelerator.state, self.args.n_gpu)
-        self._kept = KeepZerosCallback()
-        if args.lora_rank is None:  # what adapters start from has zeros too, which are not to be kept
-            self.add_callback(self._kept)
         self.loss_is_scaled_for_ga = True  # every term is divided by its count over the accumulated batch
         self.model_accepts_loss_kwargs = True  # has Trainer count the predicted tokens
         self._place_teacher()
@@ -260,7 +257,7 @@ class ExpertDistillationTrainer(MLOptTrainer):
             values[f"expert_mse_layer_{layer.index}"] = value
         if self._needs_experts:
             values |= {"expert_mse": sum(values["expert_mse"]), "lmbda": self.lmbda}
-        revived = self._kept.violations() if self.args.lora_rank is None else count_revived(self.model)
+        revived = self._kept.violations() if self._kept is not None else count_revived(self.model)
         violations = torch.tensor(revived, device=self.args.device)
         return values | {"mask_violations": int(self._summed(violations))}
 

@@ -11,6 +11,7 @@ from hf_mlopt.federated.algorithms import (
     AutoFedRL,
     FedBN,
     FedSM,
+    MaskedFedSM,
     SearchSpace,
     ServerAlgorithm,
     normalization_names,
@@ -48,6 +49,7 @@ def make_algorithm(args: "FederatedTrainingArguments", model: "torch.nn.Module")
     if issubclass(algorithm_cls, FedBN):
         options["local_names"] = normalization_names(model)
     if issubclass(algorithm_cls, FedSM):
+        algorithm_cls = MaskedFedSM if args.secure_sum else FedSM
         options["num_features"] = num_image_features(num_channels_of(model) or 3)
     taken = set(inspect.signature(algorithm_cls).parameters) - {"options"}
     for key, value in (args.algorithm_args or {}).items():

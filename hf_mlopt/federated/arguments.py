@@ -8,6 +8,7 @@ from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.federated.algorithm_table import ALGORITHM_NAMES, auto_fedrl_parts, local_optimizer
 from hf_mlopt.federated.update_codec import make_update_codec
 from hf_mlopt.training.arguments import MLOptTrainingArguments, json_object
+from hf_mlopt.training.combinations import refusal
 
 
 _CORRECTS_GRADIENTS = ("fedprox", "scaffold", "ditto", "domo-s")
@@ -31,7 +32,7 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
             `policy`, `window`, `hyper_lr`, `cost_weight`, `guard`... `{}` searches all with the paper's ranges.
         release_personal (`bool`, *optional*, defaults to `False`):
             Of `fedsm`: whether a site's personal model may be handed to all users in a super model. Each site says so
-            for itself; its weights tell of its data.
+            for itself; its weights tell of its data. With `secure_sum` it stays at its site.
         num_rounds (`int`, *optional*, defaults to 10):
             Exchanges between server and sites.
         local_epochs (`float`, *optional*, defaults to 1.0):
@@ -128,9 +129,7 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
             remedy = f"{self.algorithm} adds to gradients that fp16 has scaled; take bf16"
             raise ConfigurationError("fp16", True, remedy)
         if self.grad_codec is not None:
-            raise ConfigurationError(
-                "grad_codec", self.grad_codec, "is for ranks that share gradients; a site has one"
-            )
+            raise refusal("codec", "federated", self.grad_codec)
 
 
 def _check_numbers(args: FederatedTrainingArguments, local_steps: int | None) -> None:
@@ -165,11 +164,14 @@ def _check_algorithm(args: FederatedTrainingArguments) -> None:
         raise ConfigurationError(
             "release_personal", True, f"{args.algorithm} gives the server no personal models; fedsm does"
         )
+    if args.release_personal and args.secure_sum:
+        remedy = "under secure_sum the server has no personal models to hand out; leave one of the two out"
+        raise ConfigurationError("release_personal", True, remedy)
     if args.auto_fedrl is None:
         return
     auto_fedrl_parts(args.auto_fedrl)
     if args.secure_sum:
-        raise ConfigurationError("secure_sum", True, "auto_fedrl needs the loss of each site; drop one of the two")
+        raise refusal("auto-fedrl", "secure-sum", True)
 
 
 def _check_schedule(args: FederatedTrainingArguments) -> None:
@@ -205,8 +207,14 @@ def _check_updates(args: FederatedTrainingArguments) -> None:
         if is_set and not needed:
             raise ConfigurationError(name, getattr(args, name), instead)
     if args.secure_sum and args.update_codec is not None:
-        raise ConfigurationError(
-            "update_codec", args.update_codec, "masked words cannot be compressed; drop secure_sum"
-        )
+        raise refusal("update-codec", "secure-sum", args.update_codec)
+    is_whole = getattr(args, "lora", None) is None  # adapters are not zero, but masked
+    if args.keep_zeros and is_whole and args.update_codec is not None:
+        raise refusal("masks", "update-codec", args.update_codec)
+    if args.keep_zeros and is_whole and args.noise_multiplier:
+        remedy = "with keep_zeros would fill the zeros; take adapters (lora), which leave them as they are"
+        raise ConfigurationError("noise_multiplier", args.noise_multiplier, remedy)
+    if args.algorithm == "fedsm" and args.update_codec is not None:
+        raise refusal("fedsm", "update-codec", args.update_codec)
     if args.update_codec is not None:
         make_update_codec(args.update_codec, args.update_codec_args, args.update_feedback)

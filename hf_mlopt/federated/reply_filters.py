@@ -129,7 +129,8 @@ def check_switches(args: "FederatedTrainingArguments", algorithm: ServerAlgorith
 
 def _check_groups(name: str, value: object, args: "FederatedTrainingArguments", algorithm: ServerAlgorithm) -> None:
     groups = set(algorithm.template(algorithm.sites[0]).groups)
-    further = sorted(groups - {"weights", "buffers"})
+    summed = set(algorithm.group_weighting()) if name == "secure_sum" else set()
+    further = sorted(groups - {"weights", "buffers"} - summed)
     if further:
         remedy = f"replies of {args.algorithm} also hold {', '.join(further)}, made of the exact change; take fedavg"
         raise ConfigurationError(name, value, remedy)

@@ -15,7 +15,9 @@ from hf_mlopt.federated.algorithms import (
     scaffold_gradient,
     scaffold_new_control,
 )
+from hf_mlopt.federated.algorithms.fedsm import PERSONAL
 from hf_mlopt.federated.algorithms.message import Group, Scalar
+from hf_mlopt.federated.algorithms.soft_pull import soft_pull_from_total
 from hf_mlopt.federated.parameters import SharedParameters
 from hf_mlopt.federated.selector_model import selector_reply
 
@@ -180,8 +182,36 @@ class FedSMRule(SiteRule):
         return {**groups, **personal, **selector}, None
 
     def personal(self) -> Message:
-        groups = {"weights": "personal", "buffers": "personal_buffers"}
-        return Message({to: self.message.groups[of] for to, of in groups.items() if of in self.message.groups})
+        groups = self.message.groups
+        return Message({group: groups[kind] for group, kind in PERSONAL.items() if kind in groups})
+
+
+class MaskedFedSMRule(FedSMRule):
+    """
+    FedSM under masks: the site keeps its personal model ŵ_k, and pulls it with the mean of the round that it is of. So
+    one that was absent goes on from where it was.
+    """
+
+    keeps_state = True
+
+    def after(self, train):
+        groups, _ = super().after(train)
+        return groups, Message({kind: groups[kind] for kind in PERSONAL.values() if kind in groups})
+
+    def personal(self) -> Message:
+        return self._pulled
+
+    @cached_property
+    def _pulled(self) -> Message:
+        mean, scalars = super().personal(), self.message.scalars
+        if self.state is None:  # what all begin with
+            return mean
+        pulled, number = {}, scalars["num_pulled"]
+        for group, values in mean.groups.items():
+            total = {name: value.double() * number for name, value in values.items()}
+            own, pull = self.state.groups[PERSONAL[group]], scalars[f"pull_{PERSONAL[group]}"]
+            pulled[group] = soft_pull_from_total(own, total, pull, number)
+        return Message(pulled)
 
 
 class FedBNRule(SiteRule):
@@ -228,6 +258,7 @@ SITE_RULES = {
     "ditto": DittoRule,
     "fedbn": FedBNRule,
     "fedsm": FedSMRule,
+    "fedsm-masked": MaskedFedSMRule,
     "domo": DOMORule,
 }
 

@@ -334,7 +334,8 @@ def _read_index(path: Path) -> dict:
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise InputError(f"{path}: not an index of shards, it has no weight_map; download it again")
     for shard in index["weight_map"].values():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard:  # it must not lead out of the directory
+        # It must not lead out of the directory.
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise InputError(f"{path}: {shard!r} is no name of a file beside it; download it again")
     return index
 

@@ -25,6 +25,9 @@ class OptimizerOverBase(TwoPointOptimizer):
         self, params, own: dict[str, Any], base: str | type[torch.optim.Optimizer], base_args: dict[str, Any]
     ):
         base = find_optimizer(base)
+        if issubclass(base, TwoPointOptimizer):
+            remedy = "trains and evaluates at points of its own, as what is around it does; take one of torch.optim"
+            raise ConfigurationError("base", base.__name__, remedy)
         require_each({name: (base_args[name], AT_LEAST_0) for name in ("lr", "weight_decay")})
         shared = {name: base_args[name] for name in ("lr", "weight_decay")}
         super().__init__(params, {**own, **shared, "view": "train"})

@@ -1,9 +1,11 @@
 """What RSGD and DOMO share: parameters that stand at one point while training and at another while evaluating."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from hf_mlopt.errors import ConfigurationError
 
@@ -16,6 +18,25 @@ class TwoPointOptimizer(torch.optim.Optimizer):
     A subclass gives `_to_evaluation_point(group)` and `_to_training_point(group)`.
     """
 
+    def __init__(self, params, defaults: dict[str, Any]):
+        self._before_switch: OrderedDict[int, Callable[[], None]] = OrderedDict()
+        super().__init__(params, defaults)
+
+    def register_switch_pre_hook(self, hook: Callable[[], None]) -> RemovableHandle:
+        """
+        Has something called before `eval()` or `train()` moves the parameters, so that whoever holds them elsewhere
+        for the time of a backward pass can bring them back first.
+
+        Args:
+            hook (`Callable`): Called without arguments.
+
+        Returns:
+            `RemovableHandle`: Its `remove()` ends it.
+        """
+        handle = RemovableHandle(self._before_switch)
+        self._before_switch[handle.id] = hook
+        return handle
+
     def eval(self) -> None:
         """Moves the parameters to the evaluation point; does nothing if they are there."""
         self._switch("eval", self._to_evaluation_point)
@@ -26,6 +47,10 @@ class TwoPointOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _switch(self, view: str, move: Callable[[dict[str, Any]], None]) -> None:
+        if all(group["view"] == view for group in self.param_groups):
+            return
+        for hook in self._before_switch.values():
+            hook()
         for group in self.param_groups:
             if group["view"] != view:
                 move(group)
@@ -62,6 +87,7 @@ class TwoPointOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_before_switch", OrderedDict())  # as torch does with hooks of its own
         for group in self.param_groups:  # a state dict of before an option existed
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -6,6 +6,8 @@ from typing import Literal
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.pipeline.config import PipelineConfig
 from hf_mlopt.training.arguments import MLOptTrainingArguments
+from hf_mlopt.training.combinations import refusal
+from hf_mlopt.training.optimizer_table import optimizer_entry
 
 
 @dataclass(repr=False)  # the inherited one keeps tokens out of logs
@@ -128,6 +130,12 @@ def _check_features(args: PipelineTrainingArguments) -> None:
         "local_steps": "local steps average whole models",
         "per_rank_data": "the stages of a pipeline read the same batches",
     }
+    if args.keep_zeros:
+        raise refusal("masks", "pipeline", True)
+    if args.mlopt_optim is not None and optimizer_entry(args.mlopt_optim).has_rounds:
+        raise refusal("local-steps", "pipeline", args.mlopt_optim)
+    if args.mlopt_optim is not None and optimizer_entry(args.mlopt_optim).exchanges:
+        raise refusal("saef", "pipeline", args.mlopt_optim)
     for name, reason in refused.items():
         value = getattr(args, name, None)
         is_set = value > 1 if name == "local_steps" else value not in (None, False, 0, 0.0, "no", [], {}, "")

@@ -25,6 +25,7 @@ from hf_mlopt.pipeline.transport.base import Channels
 from hf_mlopt.pipeline.transport.distributed import distributed_channels
 from hf_mlopt.pipeline.updating import Update
 from hf_mlopt.pipeline.worker import Worker
+from hf_mlopt.training.combinations import STEP_AHEAD_IN_STAGES
 from hf_mlopt.training.compression import compression_config
 from hf_mlopt.training.rank_state import load_rank_state, save_rank_state
 from hf_mlopt.training.trainer import MLOptTrainer
@@ -134,8 +135,7 @@ class PipelineTrainer(MLOptTrainer):
         if self.num_replicas == 1:
             raise ConfigurationError("grad_codec", config.grad_codec, "codes gradients between replicas: there is one")
         if config.error_feedback == "step-ahead":
-            remedy = "moves weights that stages in flight read; take classic"
-            raise ConfigurationError("error_feedback", config.error_feedback, remedy)
+            raise ConfigurationError("error_feedback", config.error_feedback, STEP_AHEAD_IN_STAGES)
         refused = {
             "grad_collective": (config.collective, "auto"),
             "error_average_period": (config.error_average_period, 0),
@@ -237,6 +237,9 @@ class PipelineTrainer(MLOptTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         model.train()
+        switch = getattr(self.optimizer, "train", None)
+        if callable(switch):  # back from where it is evaluated, as Trainer does
+            switch()
         batch = dict(self._prepare_inputs(inputs))
         counts = num_items_in_batch is not None and self.model_accepts_loss_kwargs
         batch["num_items_in_batch"] = num_items_in_batch if counts else None

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from hf_mlopt.communication.config import EXEMPT
 from hf_mlopt.errors import ConfigurationError
+from hf_mlopt.training.combinations import refusal
 from hf_mlopt.training.compression import compression_config
 from hf_mlopt.training.optimizer_table import OPTIMIZERS, optimizer_entry
 
@@ -30,6 +31,9 @@ class MLOptTrainingArguments(TrainingArguments):
             Weight of a rank in that average: `equal`, or by its number of `examples`.
         per_rank_data (`bool`, *optional*, defaults to `False`):
             Whether the training data of a rank are its own (a silo) instead of a share of one data set.
+        keep_zeros (`bool`, *optional*, defaults to `False`):
+            Whether the zeros of a pruned model stay zeros, see [`KeepZerosCallback`]; adapters of its expert matrices
+            then change nothing there. They are filled without.
         reset_local_state (`bool`, *optional*, defaults to `False`):
             On resuming, begin what a single rank has kept afresh: for another number of ranks or of local steps.
         grad_codec (`str`, *optional*):
@@ -61,6 +65,7 @@ class MLOptTrainingArguments(TrainingArguments):
     local_steps: int = 1
     local_weights: Literal["equal", "examples"] = "equal"
     per_rank_data: bool = False
+    keep_zeros: bool = False
     reset_local_state: bool = False
     grad_codec: str | None = None
     grad_codec_down: str | None = None
@@ -87,6 +92,8 @@ class MLOptTrainingArguments(TrainingArguments):
             if self.local_steps > 1 and not entry.has_rounds:
                 names = ", ".join(sorted(name for name, entry in OPTIMIZERS.items() if entry.has_rounds))
                 raise ConfigurationError("local_steps", self.local_steps, f"needs mlopt_optim to be one of {names}")
+            if self.keep_zeros and entry.exchanges:
+                raise refusal("masks", "saef", True)
         elif self.mlopt_optim_args:
             raise ConfigurationError(
                 "mlopt_optim_args", self.mlopt_optim_args, "needs mlopt_optim; optim has optim_args"

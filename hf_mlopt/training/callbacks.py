@@ -3,7 +3,7 @@
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 
@@ -38,12 +38,10 @@ class KeepZerosCallback(TrainerCallback):
             if isinstance(module, FSDPModule):  # a forward pass may have left whole weights, which are thrown away
                 module.reshard()
         for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dim() >= 2:
-                sparsity = sparsity_of(parameter)
-                if 0 < sparsity < 1 and (parameter.dim() == 3 or sparsity >= self.min_sparsity):
-                    zeros = _local(parameter) == 0
-                    self._zeros.append((parameter, zeros))
-                    self._hooks.append(_mask_gradient(parameter, zeros))
+            if parameter.requires_grad and is_pruned(parameter, self.min_sparsity):
+                zeros = _local(parameter) == 0
+                self._zeros.append((parameter, zeros))
+                self._hooks.append(_mask_gradient(parameter, zeros))
         if not self._zeros:
             logger.warning("KeepZerosCallback found no pruned matrix in this model: nothing is held at zero.")
 
@@ -54,6 +52,11 @@ class KeepZerosCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._forget()  # one byte per weight
+
+    @property
+    def zeros(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Of every parameter that is held: where, as booleans of the shape that this rank has of it."""
+        return dict(self._zeros)
 
     @torch.no_grad()
     def violations(self) -> int:
@@ -73,6 +76,20 @@ class EvaluationPointCallback(TrainerCallback):
         switch = getattr(optimizer, "eval", None)
         if callable(switch):
             switch()
+
+
+def held_zeros(trainer: Trainer) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The zeros that the callbacks of a Trainer hold."""
+    holders = [one for one in trainer.callback_handler.callbacks if isinstance(one, KeepZerosCallback)]
+    return {parameter: zeros for holder in holders for parameter, zeros in holder.zeros.items()}
+
+
+def is_pruned(parameter: torch.Tensor, min_sparsity: float = MIN_SPARSITY) -> bool:
+    """Whether the zeros of a parameter are those of pruning; see [`KeepZerosCallback`]."""
+    if parameter.dim() < 2:
+        return False
+    sparsity = sparsity_of(parameter)
+    return 0 < sparsity < 1 and (parameter.dim() == 3 or sparsity >= min_sparsity)
 
 
 def sparsity_of(parameter: torch.Tensor) -> float:

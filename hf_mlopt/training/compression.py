@@ -10,6 +10,8 @@ from hf_mlopt.communication.config import CompressionConfig
 from hf_mlopt.communication.ddp import Compression, compress
 from hf_mlopt.communication.sharded import ShardedCompression, compress_sharded, require_for_shards
 from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.training.callbacks import held_zeros
+from hf_mlopt.training.combinations import NEEDS_CODEC, refusal
 from hf_mlopt.training.optimizer_table import optimizer_entry
 
 
@@ -33,11 +35,12 @@ def compression_config(args) -> CompressionConfig | None:
     if args.grad_codec is None:
         for name in names:
             if getattr(args, name) not in (None, "none", 0, "auto"):
-                raise ConfigurationError(name, getattr(args, name), "needs grad_codec")
+                raise ConfigurationError(name, getattr(args, name), NEEDS_CODEC)
         return None
+    if args.mlopt_optim is not None and optimizer_entry(args.mlopt_optim).exchanges:
+        raise refusal("codec", "saef", args.grad_codec)
     if args.mlopt_optim is not None and optimizer_entry(args.mlopt_optim).has_rounds:
-        remedy = f"codes gradients, and {args.mlopt_optim} sends models; leave one of them out"
-        raise ConfigurationError("grad_codec", args.grad_codec, remedy)
+        raise refusal("local-steps", "codec", args.grad_codec, optimizer=args.mlopt_optim)
     return CompressionConfig(
         grad_codec=args.grad_codec,
         grad_codec_down=args.grad_codec_down,
@@ -75,6 +78,9 @@ class CompressionCallback(TrainerCallback):
             raise ConfigurationError("grad_codec", config.grad_codec, allowed)
         if trainer.is_fsdp_enabled:
             require_for_shards(config)
+            if trainer.args.keep_zeros and config.has_feedback:
+                remedy = "keeps what was not sent in FSDP's own layout, where no mask reaches it; take none, or DDP"
+                raise ConfigurationError("error_feedback", config.error_feedback, f"with keep_zeros {remedy}")
         if trainer.args.compress_auto_off and (trainer.is_fsdp_enabled or config.collective == "hierarchical"):
             remedy = "measures the link of DDP's ranks, which are not linked alike here; leave it out"
             raise ConfigurationError("compress_auto_off", True, remedy)
@@ -88,6 +94,12 @@ class CompressionCallback(TrainerCallback):
         if self.compression is not None and self._loaded is not None:
             self.compression.load_state_dict(self._loaded)
         self._loaded = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # By now every callback has seen training begin, in whatever order, and masks have been read off the weights.
+        if isinstance(self.compression, Compression):
+            held, named = held_zeros(self.trainer), self.compression.model.module.named_parameters()
+            self.compression.hold_zeros({name: held[weight] for name, weight in named if weight in held})
 
     def _begin(self, wrapped, auto_off: bool) -> None:
         if self.trainer.is_fsdp_enabled:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from hf_mlopt import ranks
 from hf_mlopt.communication.saef import SAEFOptimizer
 from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.training.combinations import refusal
 from hf_mlopt.training.local_steps import unwrapped
 
 
@@ -39,10 +40,11 @@ class SAEFCallback(TrainerCallback):
             if getattr(trainer, f"is_{kind}_enabled"):
                 remedy = "leave it out, for DDP: saef moves the whole weights of a rank by what that has not sent"
                 raise ConfigurationError(kind, getattr(trainer.args, kind), remedy)
+        if getattr(trainer.args, "keep_zeros", False):
+            raise refusal("masks", "saef", True)
         codec = getattr(trainer.args, "grad_codec", None)
         if codec is not None:
-            remedy = "codes gradients, and saef updates; leave it out, and name the codec in mlopt_optim_args"
-            raise ConfigurationError("grad_codec", codec, remedy)
+            raise refusal("codec", "saef", codec)
 
     @property
     def optimizer(self) -> SAEFOptimizer:

@@ -8,13 +8,15 @@ import torch
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
+from hf_mlopt.communication.saef import SAEFOptimizer
 from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.optimizers import DOMO
 from hf_mlopt.training.arguments import MLOptTrainingArguments
-from hf_mlopt.training.callbacks import EvaluationPointCallback
+from hf_mlopt.training.callbacks import EvaluationPointCallback, KeepZerosCallback
+from hf_mlopt.training.combinations import refusal
 from hf_mlopt.training.compression import CompressionCallback, compression_config
 from hf_mlopt.training.local_steps import LocalState, LocalStepsCallback, unwrapped
-from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs, optimizer_entry
+from hf_mlopt.training.optimizer_table import optimizer_cls_and_kwargs
 from hf_mlopt.training.rank_state import RankState, load_rank_state, save_rank_state
 from hf_mlopt.training.saef import SAEFCallback
 from hf_mlopt.training.silos import keep_whole
@@ -47,6 +49,7 @@ class MLOptTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self._set_up_two_points()
         self._compression = self._set_up_compression()
+        self._kept = self._hold_zeros() if getattr(self.args, "keep_zeros", False) else None
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._compression is not None and "loss" in logs:
@@ -57,15 +60,30 @@ class MLOptTrainer(Trainer):
         """What codes gradients or updates on their way between ranks."""
         if not isinstance(self.args, MLOptTrainingArguments):
             return None
-        config, name, callback = compression_config(self.args), self.args.mlopt_optim, None
-        if name is not None and optimizer_entry(name).exchanges:
+        config, callback = compression_config(self.args), None
+        if issubclass(self._optimizer_class(), SAEFOptimizer):
             callback = SAEFCallback(self)
+        elif config is not None and self._has_rounds():  # passed, so that the arguments could not know
+            raise refusal("local-steps", "codec", config.grad_codec, optimizer=self._optimizer_class().__name__)
         elif config is not None:
             callback = CompressionCallback(self, config)
         if callback is not None:
             self.register_rank_state(type(callback).rank_state, callback)
             self.add_callback(callback)
         return callback
+
+    def _hold_zeros(self) -> KeepZerosCallback | None:
+        """What holds the zeros of the weights that are trained; of adapters none, as those of others are zero."""
+        from peft import PeftModel  # takes a second
+
+        if isinstance(self.model, PeftModel):
+            from hf_mlopt.training.adapters import mask_adapters
+
+            mask_adapters(self.model)
+            return None
+        kept = KeepZerosCallback()
+        self.add_callback(kept)
+        return kept
 
     def _set_up_two_points(self) -> None:
         """For optimizers that train at one point and are evaluated at another."""
@@ -77,13 +95,14 @@ class MLOptTrainer(Trainer):
         callbacks.insert(2, EvaluationPointCallback())
 
     def _has_rounds(self) -> bool:
-        name = getattr(self.args, "mlopt_optim", None)
-        passed = unwrapped(self.optimizer) if self.optimizer is not None else None
-        return (
-            isinstance(passed, DOMO)
-            or (name is not None and optimizer_entry(name).has_rounds)
-            or getattr(self.args, "local_steps", 1) > 1
-        )
+        return issubclass(self._optimizer_class(), DOMO) or getattr(self.args, "local_steps", 1) > 1
+
+    def _optimizer_class(self) -> type:
+        """Of the optimizer that was passed, or named; that of all optimizers where Trainer chooses one."""
+        if self.optimizer is not None:
+            return type(unwrapped(self.optimizer))
+        named = self.optimizer_cls_and_kwargs
+        return torch.optim.Optimizer if named is None else named[0]
 
     def get_train_dataloader(self):
         dataloader = super().get_train_dataloader()

@@ -3,13 +3,14 @@
 import logging
 import os
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from hf_mlopt.data import CalibrationConfig, load_calibration, window_dataset
 from hf_mlopt.distillation.config import LayerwiseConfig
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.hub import Checkpoint, resolve_checkpoint
 from hf_mlopt.planning import check_distillation_memory
+from hf_mlopt.training.combinations import END_TO_END_ONLY
 from hf_mlopt.workflows.loading import (
     build_skeleton,
     choose_device,
@@ -63,6 +64,19 @@ class DistillRecipe:
         temperature (`float`, *optional*, defaults to 1.0): Divides the logits of that divergence.
         trained (`str`, *optional*, defaults to `"all"`): `all` or `experts`: the weights that are trained end-to-end.
         lora_rank (`int`, *optional*): Train adapters of this rank on the experts instead, and merge them, end-to-end.
+        mlopt_optim (`str`, *optional*): Optimizer in place of AdamW, end-to-end: `rsgdm`, `domo`... as in `hf-mlopt
+            train`.
+        mlopt_optim_args (`dict`, *optional*): Its keywords: `{"residual": 0.9}`.
+        local_steps (`int`, *optional*, defaults to 1): Steps that each process takes alone before the models are
+            averaged, with an optimizer that has rounds, end-to-end.
+        grad_codec (`str`, *optional*): Codec in which gradients travel between processes, end-to-end: `orq-5-optimal`,
+            `bingrad-b`...
+        grad_codec_args (`dict`, *optional*): Its settings: `{"block": 1024}`.
+        error_feedback (`str`, *optional*, defaults to `"none"`): `none`, `classic` or `step-ahead`: what becomes of
+            what the codec did not send.
+        step_ahead (`float`, *optional*, defaults to 0.1): Coefficient of the step ahead.
+        compress_min_bytes (`int`, *optional*, defaults to 16384): Gradients of a bucket smaller than this travel in
+            float32.
         freeze_router (`bool`, *optional*, defaults to `False`): Whether routers keep their weights, end-to-end.
         router_aux_loss (`bool`, *optional*, defaults to `True`): Whether the load-balancing loss is added, end-to-end.
         allow_dense (`bool`, *optional*, defaults to `False`): Whether a student without zeros is accepted.
@@ -111,6 +125,14 @@ class DistillRecipe:
     temperature: float = 1.0
     trained: Literal["all", "experts"] = "all"
     lora_rank: int | None = None
+    mlopt_optim: str | None = None
+    mlopt_optim_args: dict[str, Any] | None = None
+    local_steps: int = 1
+    grad_codec: str | None = None
+    grad_codec_args: dict[str, Any] | None = None
+    error_feedback: Literal["none", "classic", "step-ahead"] = "none"
+    step_ahead: float = 0.1
+    compress_min_bytes: int = 16384
     freeze_router: bool = False
     router_aux_loss: bool = True
     allow_dense: bool = False
@@ -172,7 +194,7 @@ class DistillRecipe:
 
     def _refuse_options_of_the_other_mode(self) -> None:
         names, why = {
-            "layerwise": (_END_TO_END_ONLY, "belongs to --mode end-to-end; layer by layer only experts are trained"),
+            "layerwise": (_END_TO_END_ONLY, END_TO_END_ONLY),
             "end-to-end": (_LAYERWISE_ONLY, "belongs to --mode layerwise; end-to-end both models are in memory"),
         }[self.mode]
         for name in names:
@@ -180,6 +202,11 @@ class DistillRecipe:
                 raise ConfigurationError(name, getattr(self, name), why)
 
 
+# How processes train together, as in `hf-mlopt train`.
+OF_EXCHANGES = (
+    *("mlopt_optim", "mlopt_optim_args", "local_steps", "grad_codec", "grad_codec_args"),
+    *("error_feedback", "step_ahead", "compress_min_bytes"),
+)
 _END_TO_END_ONLY = (
     "gradient_accumulation_steps",
     "max_grad_norm",
@@ -188,6 +215,7 @@ _END_TO_END_ONLY = (
     "temperature",
     "trained",
     "lora_rank",
+    *OF_EXCHANGES,
     "freeze_router",
     "router_aux_loss",
     "bf16",

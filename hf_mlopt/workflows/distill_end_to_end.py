@@ -30,8 +30,10 @@ from hf_mlopt.hub.shards import ShardReader
 from hf_mlopt.moe import moe_layers
 from hf_mlopt.pruning.pruner import peak_memory
 from hf_mlopt.streaming.journal import begin_run, source_identity
+from hf_mlopt.workflows.distill import OF_EXCHANGES
 from hf_mlopt.workflows.distill_documents import documents
 from hf_mlopt.workflows.loading import load_model
+from hf_mlopt.workflows.train_recipe import refuse_bad_optimizer
 
 
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # the second is the older name
@@ -199,9 +201,9 @@ def _arguments(recipe, directory: Path) -> DistillationArguments:
     of_a_step = recipe.batch_size * recipe.gradient_accumulation_steps * ranks.world_size()
     steps = max(1, int(recipe.epochs * recipe.samples / of_a_step))
     taken = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "seed", "bf16")
-    taken += ("save_steps", "lora_rank")
+    taken += ("save_steps", "lora_rank", *OF_EXCHANGES)
     taken += ("lmbda", "logit_weight", "temperature", "freeze_router", "router_aux_loss", "allow_dense")
-    return DistillationArguments(
+    arguments = DistillationArguments(
         output_dir=str(directory),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
@@ -218,6 +220,8 @@ def _arguments(recipe, directory: Path) -> DistillationArguments:
         **{checkpointing: recipe.activation_checkpointing},
         **{name: getattr(recipe, name) for name in taken},
     )
+    refuse_bad_optimizer(arguments)
+    return arguments
 
 
 def _report(recipe, trainer, windows, seconds: float) -> DistillationReport:

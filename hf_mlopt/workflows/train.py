@@ -134,6 +134,8 @@ def train(recipe: TrainRecipe) -> tuple[dict, Path]:
 def _announce(recipe: TrainRecipe, trainer: "MLOptTrainer") -> None:
     import torch
 
+    from hf_mlopt.training.callbacks import is_pruned
+
     model = trainer.model
     processes = "1 process" if recipe.world_size == 1 else f"{recipe.world_size} processes"
     logger.info(
@@ -141,6 +143,12 @@ def _announce(recipe: TrainRecipe, trainer: "MLOptTrainer") -> None:
         f"train on and {len(trainer.eval_dataset):,} to evaluate on, {_optimizer(recipe)['name']}, {processes} on "
         f"{recipe.device.type}"
     )
+    pruned = [name for name, weight in model.named_parameters() if is_pruned(weight)] if recipe.model else []
+    if pruned and not recipe.keep_zeros:
+        logger.warning(
+            f"{recipe.model} is pruned ({len(pruned)} matrices, such as {pruned[0]}), and training fills its zeros; "
+            "--keep-zeros holds them"
+        )
     has_statistics = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if has_statistics and _optimizer(recipe)["name"].startswith("rsgd"):
         logger.warning(

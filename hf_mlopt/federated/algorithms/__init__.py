@@ -15,6 +15,7 @@ _PUBLIC = {
     "FedSM": "hf_mlopt.federated.algorithms.fedsm",
     "FedYogi": "hf_mlopt.federated.algorithms.fedyogi",
     "FederatedDOMO": "hf_mlopt.federated.algorithms.domo",
+    "MaskedFedSM": "hf_mlopt.federated.algorithms.fedsm_masked",
     "Message": "hf_mlopt.federated.algorithms.message",
     "Scaffold": "hf_mlopt.federated.algorithms.scaffold",
     "SearchSpace": "hf_mlopt.federated.algorithms.search_space",

@@ -16,18 +16,18 @@ from hf_mlopt.federated.algorithms.soft_pull import mixture, soft_pull
 
 logger = logging.get_logger(__name__)
 
+# Of the common model to that of the personal one, in a message.
+PERSONAL = {"weights": "personal", "buffers": "personal_buffers"}
 
-class FedSM(FedAvg):
+
+class FedSMBase(FedAvg):
     """
-    [Closing the Generalization Gap of Cross-silo Federated Medical Image Segmentation](https://huggingface.co/papers/2203.10144).
-    The global model is that of [`FedAvg`], the personal models follow [`soft_pull`], the selector one of
-    [`~hf_mlopt.federated.algorithms.selectors`]; [`route`] is the rule of inference. All in one message a round.
+    What the server does in either form of FedSM, [`FedSM`] and
+    [`~hf_mlopt.federated.algorithms.fedsm_masked.MaskedFedSM`]: the global model is that of [`FedAvg`], the selector
+    one of [`~hf_mlopt.federated.algorithms.selectors`]. A subclass says with `_own` what a site is sent of its own.
 
-    The message to a site holds `weights`, `buffers`, the `personal` model and `personal_buffers` of this site and no
-    other, the scalar `label` (its index among the sites in order of name) and what the selector asks for. The reply
-    holds `weights` after local training from the global model, `personal` after as much from the personal model, with
-    an optimizer of its own and no proximal term, the buffers of both, and what the selector asks for. The personal
-    model of a site that does not answer stays as it is.
+    The reply holds `weights` after local training from the global model, `personal` after as much from the personal
+    model, with an optimizer of its own and no proximal term, the buffers of both, and what the selector asks for.
 
     Args:
         pull (`float`, *optional*, defaults to 0.7): λ of SoftPull in [0, 1].
@@ -42,9 +42,6 @@ class FedSM(FedAvg):
         num_features (`int`, *optional*, defaults to 23): Of `moments`, see [`num_image_features`].
         options: Those of [`ServerAlgorithm`].
     """
-
-    name = "fedsm"
-    needs_only_mean = False  # but of FedAvg's part
 
     def __init__(
         self,
@@ -68,6 +65,9 @@ class FedSM(FedAvg):
             self.selector = LearnedSelector(selector_steps, selector_lr, selector_weighting)
         else:
             self.selector = MomentsSelector(num_features) if selector == "moments" else NoSelector()
+        fits = self.selector.needs_only_mean or not self.needs_only_mean
+        hidden = "needs each site's statistics, which a masked sum hides; take learned or none"
+        require("selector", selector, fits, hidden)
         self._selector_start: Group = {}
 
     def setup(self, sites: Sequence[str], init: Message, seed: int) -> None:
@@ -98,15 +98,15 @@ class FedSM(FedAvg):
         }
 
     def template(self, site: str) -> Message:
-        """As [`ServerAlgorithm.template`], with the groups that are a site's own."""
+        """As [`ServerAlgorithm.template`], with what the selector asks for."""
         message = super().template(site)
         return Message(
-            {**message.groups, **self._own(site), **self.selector.replied(self.groups, site)},
+            {**message.groups, **self.selector.replied(self.groups, site)},
             {**message.scalars, **self.selector.replied_scalars(self.groups)},
         )
 
     def evaluation(self) -> dict[str, Message]:
-        """As [`ServerAlgorithm.evaluation`], with the personal model of each site."""
+        """As [`ServerAlgorithm.evaluation`], with the groups that are a site's own."""
         return {
             site: Message({**message.groups, **self._own(site)}, message.scalars)
             for site, message in super().evaluation().items()
@@ -129,30 +129,60 @@ class FedSM(FedAvg):
             raise
 
     def _own(self, site: str) -> dict[str, Group]:
-        kinds = [kind for kind in ("personal", "personal_buffers") if f"{kind}/{site}" in self.groups]
-        return {kind: self.groups[f"{kind}/{site}"] for kind in kinds}
+        """Groups of the message to a site that belong to its personal model."""
+        raise NotImplementedError
+
+    def _pulls(self) -> dict[str, float]:
+        """λ for each group of the personal models."""
+        pulls = {"personal": self.pull}
+        if "buffers" in self.groups:
+            pulls["personal_buffers"] = self.pull if self.buffers == "average" else 1.0
+        return pulls
 
     def _layout(self, basis: Groups) -> Groups:
-        personal = {f"personal/{site}": basis["weights"] for site in self.sites}
-        if "buffers" in basis:
-            personal |= {f"personal_buffers/{site}": basis["buffers"] for site in self.sites}
-        return {**super()._layout(basis), **personal, **self.selector.memory(self.sites, self._selector_start)}
+        return {**super()._layout(basis), **self.selector.memory(self.sites, self._selector_start)}
 
     def _scalars(self, site: str) -> dict[str, Scalar]:
         return {"label": self.sites.index(site), **self.selector.scalars(self.groups, site)}
+
+    def _replied(self) -> Mapping[str, Group]:
+        common = super()._replied()
+        return {**common, **{PERSONAL[group]: tensors for group, tensors in common.items()}}
 
     def _refusal(self, site: str, reply: Message) -> str | None:
         return self.selector.refusal(self.groups, reply)
 
     def _step(self, replies: Mapping[str, Message], shares: dict[str, float]) -> Groups:
+        return {**super()._step(replies, shares), **self.selector.step(self.groups, replies, shares)}
+
+
+class FedSM(FedSMBase):
+    """
+    [Closing the Generalization Gap of Cross-silo Federated Medical Image Segmentation](https://huggingface.co/papers/2203.10144).
+    The global model is that of [`FedAvg`], the personal models follow [`soft_pull`], the selector one of
+    [`~hf_mlopt.federated.algorithms.selectors`]; [`route`] is the rule of inference. All in one message a round.
+
+    The message to a site holds `weights`, `buffers`, the `personal` model and `personal_buffers` of this site and no
+    other, the scalar `label` (its index among the sites in order of name) and what the selector asks for. The
+    personal model of a site that does not answer stays as it is. Options and replies are those of [`FedSMBase`].
+    """
+
+    name = "fedsm"
+    needs_only_mean = False  # but of FedAvg's part
+
+    def _own(self, site: str) -> dict[str, Group]:
+        return {kind: self.groups[f"{kind}/{site}"] for kind in self._pulls()}
+
+    def _layout(self, basis: Groups) -> Groups:
+        personal = {f"{PERSONAL[group]}/{site}": tensors for group, tensors in basis.items() for site in self.sites}
+        return {**super()._layout(basis), **personal}
+
+    def _step(self, replies: Mapping[str, Message], shares: dict[str, float]) -> Groups:
         after = super()._step(replies, shares)
-        pulls = {"personal": self.pull}
-        if "buffers" in self.groups:
-            pulls["personal_buffers"] = self.pull if self.buffers == "average" else 1.0
-        for kind, pull in pulls.items():
+        for kind, pull in self._pulls().items():
             for site, pulled in soft_pull(_GroupOf(replies, shares, kind), pull).items():
                 after[f"{kind}/{site}"] = pulled
-        return {**after, **self.selector.step(self.groups, replies, shares)}
+        return after
 
 
 class _GroupOf(Mapping[str, Group]):
@@ -194,8 +224,10 @@ def with_new_site(
 
     Raises:
         ConfigurationError: If the name is taken, or the shares are none.
-        InputError: If a weight of `head` has no row for every site.
+        InputError: If a weight of `head` has no row for every site, or the state holds no personal models.
     """
+    if state["algorithm"] != FedSM.name:
+        raise InputError(f"the state is that of {state['algorithm']!r}, which holds no personal models to be mixed")
     sites = list(state["sites"])
     require("site", site, site and site not in sites, f"needs a name that is not among {sites}")
     names, groups = sorted([*sites, site]), dict(state["groups"])

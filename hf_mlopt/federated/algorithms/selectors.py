@@ -16,6 +16,8 @@ class NoSelector:
 
     name = "none"
     takes_weights = False  # whether `init` holds a group `selector`
+    needs_only_mean = True  # of the replies, as a sum under masks gives it
+    weighting = "samples"
 
     def memory(self, sites: Sequence[str], start: Group) -> Groups:
         """Groups the server keeps, as at the beginning; `start` are the selector's first weights."""
@@ -128,6 +130,7 @@ class MomentsSelector(NoSelector):
     """
 
     name = "moments"
+    needs_only_mean = False
 
     def __init__(self, num_features: int):
         allowed = type(num_features) is int and num_features >= 1

@@ -94,6 +94,13 @@ class ServerAlgorithm:
         """What the reply of a site must look like in this round; see [`check_reply`]."""
         return Message(self._replied(), {"round": self.round})
 
+    def group_weighting(self) -> dict[str, str]:
+        """
+        Groups of a reply beside `weights` and `buffers` that need only be known in the mean, where they go into a
+        masked sum, to the weights of the sites in it: `samples` or `uniform`.
+        """
+        return {}
+
     def aggregate(self, round: int, replies: Mapping[str, Message]) -> dict[str, Any]:
         """
         Ends the round. A reply that is no use is left out with its reason. Replies are looked at one after the other,
@@ -130,7 +137,8 @@ class ServerAlgorithm:
 
         Args:
             round (`int`): The next one.
-            mean (`Message`): Σ p_k of the replies' groups and scalars, with the shares of `weighting`; float64.
+            mean (`Message`): Σ p_k of the replies' groups and scalars, with the shares of `weighting`, or for a group
+                in `group_weighting` of that; float64.
             sites (`list[str]`): Whose replies these were.
             num_samples (`int`): Of all of them together.
 
@@ -145,7 +153,7 @@ class ServerAlgorithm:
         selected = self._selected()
         if len(sites) < self.min_sites:
             raise RuntimeError(f"round {round}: {len(sites)} usable replies, {self.min_sites} are needed")
-        if _layout_of(mean.groups) != _layout_of(self._replied()):
+        if _layout_of(mean.groups) != _layout_of(self.template(self.sites[0]).groups):
             raise RuntimeError(f"round {round}: the mean does not look like a reply: {list(mean.groups)}")
         after = self._step({"mean": mean}, {"mean": 1.0})
         absent = [site for site in selected if site not in sites]

@@ -22,6 +22,12 @@ MEAN_SCALARS = ("lr_sum",)
 _NUM_TAIL = 3 + len(MEAN_SCALARS)
 # A share of 1 of uniform weights, as a power of two that leaves ten more binary digits to the sum.
 _UNIFORM = 1024.0
+# Adam divides one moment by the root of the other, however small: a second word has what is left of the first one's
+# step of 2^-24, in steps of 2^-72.
+_FINE = ("selector", "selector_m", "selector_v")
+_COARSE_STEP, _FURTHER = 2.0**-24, 2.0**48
+# What a site is sent of the other sites of an earlier round, which need not be those of another site.
+_OF_ONE_SITE = ("personal", "personal_buffers")
 _PARTY = "secure-sum.json"
 
 
@@ -40,8 +46,9 @@ def roster_of(message: Message) -> Roster:
 
 
 def request_of(message: Message) -> Request:
-    """The sum that a message asks for: of this round and attempt, and from the very model that it holds."""
-    context = Message(message.groups).digest().encode()
+    """The sum that a message asks for: of this round and attempt, and from the very model that it holds for all."""
+    common = {group: tensors for group, tensors in message.groups.items() if group not in _OF_ONE_SITE}
+    context = Message(common).digest().encode()
     return Request(message.scalars["attempt"], f"round-{message.scalars['round']}", context)
 
 
@@ -106,7 +113,7 @@ def masked(folder: Path, site: str, sent: Message, reply: Message) -> Message:
 
 def vector_size(like: Mapping[str, Group]) -> int:
     """Numbers in the vector of a reply that looks like these groups."""
-    return sum(like[group][name].numel() for group, name in _order(like)) + _NUM_TAIL
+    return sum(_sizes(like)) + _NUM_TAIL
 
 
 def mean_of(total: np.ndarray, sent: Message, like: Mapping[str, Group]) -> tuple[Message, int, float]:
@@ -125,16 +132,17 @@ def mean_of(total: np.ndarray, sent: Message, like: Mapping[str, Group]) -> tupl
     Raises:
         InputError: If it is no sum of such vectors.
     """
-    order = _order(like)
-    sizes = [like[group][name].numel() for group, name in order]
     tail = total[-_NUM_TAIL:]
     weight, num_samples, loss = tail[:3]
     if not (weight > 0 and num_samples > 0 and num_samples == round(num_samples)):
         raise InputError("masked sum: the masks do not cancel; the sites have answered different requests")
-    flat = torch.from_numpy(total[:-_NUM_TAIL] / weight)
-    parts = dict(zip(order, flat.split(sizes), strict=True))
+    weights = {"samples": num_samples, "uniform": _UNIFORM * len(roster_of(sent).members)}
+    parts = dict(zip(_order(like), torch.from_numpy(total[:-_NUM_TAIL]).split(_sizes(like)), strict=True))
     groups = {
-        group: {name: parts[group, name].view(tensor.shape) for name, tensor in tensors.items()}
+        group: {
+            name: _joined(group, parts[group, name]).view(tensor.shape) / weights[_weighting(sent, group)]
+            for name, tensor in tensors.items()
+        }
         for group, tensors in like.items()
     }
     start = {name: tensor.double() for name, tensor in sent.groups["weights"].items()}
@@ -144,14 +152,41 @@ def mean_of(total: np.ndarray, sent: Message, like: Mapping[str, Group]) -> tupl
 
 
 def _vector(sent: Message, reply: Message) -> np.ndarray:
-    """p Δ, p times the buffers, and then p, n, n times the loss, and p times the mean scalars."""
+    """p Δ, p times the further groups, and then p, n, n times the loss, and p times the mean scalars."""
     num_samples = reply.scalars["num_samples"]
-    weight = float(num_samples) if sent.scalars["site_weights"] == "samples" else _UNIFORM
+    weights = {"samples": float(num_samples), "uniform": _UNIFORM}
     groups = {**reply.groups, "weights": change(sent.groups["weights"], reply.groups["weights"])}
-    parts = [groups[group][name].double().flatten() * weight for group, name in _order(groups)]
+    parts = [
+        _parted(group, groups[group][name].double().flatten() * weights[_weighting(sent, group)])
+        for group, name in _order(groups)
+    ]
+    weight = weights[sent.scalars["site_weights"]]
     scalars = [weight * reply.scalars[name] for name in MEAN_SCALARS]
     tail = [weight, num_samples, num_samples * reply.scalars["train_loss"], *scalars]
     return torch.cat([*parts, torch.tensor(tail, dtype=torch.float64)]).numpy()
+
+
+def _parted(group: str, values: torch.Tensor) -> torch.Tensor:
+    if group not in _FINE:
+        return values
+    coarse = (values / _COARSE_STEP).round() * _COARSE_STEP
+    return torch.cat([coarse, (values - coarse) * _FURTHER])
+
+
+def _joined(group: str, words: torch.Tensor) -> torch.Tensor:
+    if group not in _FINE:
+        return words
+    coarse, rest = words.chunk(2)
+    return coarse + rest / _FURTHER
+
+
+def _weighting(sent: Message, group: str) -> str:
+    """How sites count in the mean of a group."""
+    return json.loads(sent.scalars.get("group_weights", "{}")).get(group, sent.scalars["site_weights"])
+
+
+def _sizes(like: Mapping[str, Group]) -> list[int]:
+    return [like[group][name].numel() * (2 if group in _FINE else 1) for group, name in _order(like)]
 
 
 def _order(groups: Mapping[str, Group]) -> list[tuple[str, str]]:

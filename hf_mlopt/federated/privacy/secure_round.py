@@ -2,8 +2,9 @@ r"""
 A round of which the server learns the sum alone.
 
 First every site makes a key (task `keys`), then the public keys go to all of them with the model, and what comes back
-is masked: Σ p_k Δ_k, Σ p_k buffers, Σ p_k, Σ n_k, Σ n_k loss_k and Σ p_k lr_sum_k in fixed point. The mean is that of
-an ordinary round up to q 2^-25 / Σ p_k, with p_k = n_k, or 1024 where weights are uniform.
+is masked: Σ p_k Δ_k, Σ p_k buffers, Σ p_k, Σ n_k, Σ n_k loss_k and Σ p_k lr_sum_k in fixed point; of FedSM the sums of
+personal models and selectors too. The mean is that of an ordinary round up to q 2^-25 / Σ p_k, with p_k = n_k, or 1024
+where weights are uniform; that of the selector up to 2^-48 of this.
 
 What it does not do:
 
@@ -143,6 +144,7 @@ class _Attempts:
             "attempt": self.count,
             "secure_members": members,
             "site_weights": algorithm.weighting,
+            "group_weights": json.dumps(algorithm.group_weighting()),
         }
         messages = {}
         for site in keys:
