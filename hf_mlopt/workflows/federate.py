@@ -22,7 +22,7 @@ from hf_mlopt.workflows.segmentation_data import SegmentationData
 from hf_mlopt.workflows.segmentation_metrics import overlap, predicted_masks
 from hf_mlopt.workflows.train import accuracy, choices, plot_path
 from hf_mlopt.workflows.train_data import TrainData
-from hf_mlopt.workflows.train_model import build_model, load_config
+from hf_mlopt.workflows.train_model import build_model, load_config, warn_of_filled_zeros
 
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def federate(recipe: FederateRecipe, engine: "Engine | None" = None) -> tuple[di
     )
     for callback in callbacks:
         callback.trainer = trainer
+    warn_of_filled_zeros(trainer.model, recipe)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     results = _results(recipe, trainer, data, time.perf_counter() - started)

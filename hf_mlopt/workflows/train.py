@@ -15,7 +15,7 @@ from hf_mlopt.hub import Checkpoint, environment, resolve_checkpoint
 from hf_mlopt.hub.provenance import shown_name
 from hf_mlopt.workflows.places import check_output_dir, check_text_files, require_writable
 from hf_mlopt.workflows.train_data import load_image_data, load_text_data
-from hf_mlopt.workflows.train_model import build_model, load_config
+from hf_mlopt.workflows.train_model import build_model, load_config, warn_of_filled_zeros
 from hf_mlopt.workflows.train_recipe import TrainRecipe
 
 
@@ -134,8 +134,6 @@ def train(recipe: TrainRecipe) -> tuple[dict, Path]:
 def _announce(recipe: TrainRecipe, trainer: "MLOptTrainer") -> None:
     import torch
 
-    from hf_mlopt.training.callbacks import is_pruned
-
     model = trainer.model
     processes = "1 process" if recipe.world_size == 1 else f"{recipe.world_size} processes"
     logger.info(
@@ -143,12 +141,7 @@ def _announce(recipe: TrainRecipe, trainer: "MLOptTrainer") -> None:
         f"train on and {len(trainer.eval_dataset):,} to evaluate on, {_optimizer(recipe)['name']}, {processes} on "
         f"{recipe.device.type}"
     )
-    pruned = [name for name, weight in model.named_parameters() if is_pruned(weight)] if recipe.model else []
-    if pruned and not recipe.keep_zeros:
-        logger.warning(
-            f"{recipe.model} is pruned ({len(pruned)} matrices, such as {pruned[0]}), and training fills its zeros; "
-            "--keep-zeros holds them"
-        )
+    warn_of_filled_zeros(model, recipe)
     has_statistics = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if has_statistics and _optimizer(recipe)["name"].startswith("rsgd"):
         logger.warning(

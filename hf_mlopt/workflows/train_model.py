@@ -1,6 +1,7 @@
 """The model of `hf-mlopt train`: a checkpoint to go on from, or an architecture with random weights."""
 
 import difflib
+import logging
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ from hf_mlopt.workflows.train_data import TrainData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from hf_mlopt.training import MLOptTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 _OF_DATA = ("image_size", "num_channels", "num_labels")  # what a configuration takes from the images
 
@@ -205,3 +210,18 @@ def _from_config(auto_class: str, recipe, config) -> "PreTrainedModel":
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # sizes that do not go together
         reason = shorten(" ".join(str(error).split()), 300)
         raise ConfigurationError("model_config", recipe.model_config, f"{recipe.model_type}: {reason}") from error
+
+
+def warn_of_filled_zeros(model: "PreTrainedModel", recipe: "MLOptTrainingArguments") -> None:
+    """Says what becomes of a pruned checkpoint whose matrices are about to be trained without `keep_zeros`."""
+    from hf_mlopt.training.callbacks import is_pruned
+
+    if recipe.model is None or recipe.keep_zeros:
+        return
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    pruned = [name for name, weight in trained if is_pruned(weight)]
+    if pruned:
+        logger.warning(
+            f"{recipe.model} is pruned ({len(pruned)} matrices, such as {pruned[0]}), and training fills its zeros; "
+            "--keep-zeros holds them"
+        )
