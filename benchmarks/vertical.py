@@ -1,7 +1,7 @@
 """
 Asynchronous vertical training: optima, what a slow party costs, and what masks and TLS cost.
 
-    python benchmarks/vertical.py            # the full form: about two hours on 2 cores
+    python benchmarks/vertical.py            # the full form: about an hour on 2 cores
     python benchmarks/vertical.py --short    # a few minutes, smaller everywhere
 
 optimum    event clock: objective above its optimum and accuracy beside scikit-learn; target: 1e-5 at most, 0.1 points
