@@ -7,7 +7,7 @@ Asynchronous vertical training: optima, what a slow party costs, and what masks 
 optimum    event clock: objective above its optimum and accuracy beside scikit-learn; target: 1e-5 at most, 0.1 points
 straggler  event clock, 8 parties, one at a third of the speed: time to 1e-3 in step over that without, three seeds;
            target: 2.5, and 1.3 without longer steps for the slow party
-processes  the same with real processes over gRPC and mTLS, whose step is a sleep of 50 ms: two cores would measure
+processes  SAGA with real processes over gRPC and mTLS, whose step is a sleep of 50 ms: two cores would measure
            themselves
 late       threads, a party that answers 20 ms late: updates a second over those without delay; target with pushed
            shares: 0.9

@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 import tempfile
 
 
@@ -77,6 +78,14 @@ def garbage_of_this_module_only():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verbosity_of_this_module_only():
+    """Benchmarks that a module has called leave transformers silent, and without bars."""
+    yield
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.set_verbosity_warning()
 
 
 @pytest.fixture
