@@ -18,6 +18,7 @@ import argparse
 
 from common import SHARED, Results
 from federated_costs import engines, overhead, peers, scale
+from federated_plot import draw
 from federated_quality import METHODS, TASKS, quality
 from transformers.utils import logging
 
@@ -51,6 +52,7 @@ def main() -> None:
             quality(results, args)
         else:
             print(f"not run: quality, {SHARED} is not there")
+    draw(results)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import argparse
 from common import SHARED, Results
 from transformers.utils import logging
 from vertical_clock import optimum, straggler
+from vertical_plot import draw
 from vertical_processes import late, processes, sparse, wire
 
 
@@ -52,6 +53,7 @@ def main() -> None:
             print(f"not run: {part}, {SHARED} is not there")
         else:
             PARTS[part](results, args.short)
+    draw(results)
 
 
 if __name__ == "__main__":
