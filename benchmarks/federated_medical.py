@@ -21,8 +21,8 @@ smaller network on the first seed's test images showed that it was too weak; rat
 change first weights and the order of rows, not the sites. The norms of this U-Net are group norms, without buffers:
 FedBN keeps their scales and shifts at the sites.
 
-Estimated for 2 cores that do nothing else, from parts of it: nuclei 65 minutes (3.3 s of a core a round, twice that for
-FedSM and Ditto; in 40 rounds 45), auto_fedrl 24, leave_one_out 10, ablation 7, shared 3.
+Estimated for 2 cores that do nothing else, from parts of it: nuclei 65 minutes (3.3 s of a core a round, twice that
+for FedSM and Ditto; in 40 rounds 45), auto_fedrl 24, leave_one_out 10, ablation 7, shared 3.
 """
 
 import argparse
