@@ -9,8 +9,8 @@ nuclei         64 x 64 images of five kinds of microscope, each a site, and a si
                centralised, local only, FedAvg, FedProx, SCAFFOLD, FedBN, Ditto and FedSM; Dice per site, as the mean
                over cases, of all models there are; FedSM's super model with both selectors
 shared         what FedSM costs where there is nothing to personalise: one distribution at three sites
-auto_fedrl     CIFAR subset at eight sites (Dirichlet 0.5): four policies beside fixed rates, random search and a grid
-               in as many rounds; and what a policy costs in a round
+auto_fedrl     CIFAR subset at eight sites (Dirichlet 0.5) and the nuclei: four policies beside fixed rates, random
+               search and a grid in as many rounds; and what a policy costs in a round
 ablation       FedSM's pull (lambda), bytes per site and round, and the window of rewards; the threshold (gamma) is in
                every row of FedSM, for it takes part in no training
 leave_one_out  FedSM trained without a site, judged there
@@ -30,12 +30,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 from common import SHARED, Results, require
-from federated_medical_policies import METHODS as TUNED_METHODS
-from federated_medical_policies import WINDOWS, auto_fedrl, overhead
+from federated_medical_policies import WINDOWS, auto_fedrl, overhead, tuned_methods
 from federated_medical_runs import METHODS, PLAIN_SGD, SITES, nuclei, shared, traffic
 from federated_medical_summary import summarise, tuned_rates
 
@@ -48,6 +48,7 @@ FUNCTIONS: dict[str, Callable[..., dict]] = {
     "nuclei": nuclei,
     "shared": shared,
     "auto_fedrl": auto_fedrl,
+    "auto_fedrl on nuclei": partial(auto_fedrl, task="nuclei"),
     "overhead": overhead,
     "bytes": traffic,
     "pull": nuclei,
@@ -57,10 +58,11 @@ FUNCTIONS: dict[str, Callable[..., dict]] = {
 PARTS = {
     "nuclei": ("nuclei tuning", "nuclei"),
     "shared": ("shared",),
-    "auto_fedrl": ("overhead", "auto_fedrl"),
+    "auto_fedrl": ("overhead", "auto_fedrl", "auto_fedrl on nuclei"),
     "ablation": ("bytes", "pull", "window"),
     "leave_one_out": ("leave one out",),
 }
+TUNED = {"auto_fedrl": "cifar", "auto_fedrl on nuclei": "nuclei"}  # kind to its task
 Job = tuple[str, dict[str, Any]]
 
 
@@ -89,9 +91,12 @@ def jobs(kind: str, options: argparse.Namespace, results: Results) -> list[dict[
     if kind == "shared":
         common = {"rate": RATES[1], "rounds": 3 if options.short else 20}
         return [{"method": method, "seed": seed, **common} for seed in seeds for method in ("FedSM", "FedAvg")]
-    if kind == "auto_fedrl":
+    if kind in TUNED:
         common = {"rounds": options.tuned_rounds}
-        return [{"method": name, "seed": seed, **common} for seed in seeds for name in options.tuned_methods]
+        methods = tuned_methods(TUNED[kind])
+        if options.short:
+            methods = (methods[0], "gaussian")
+        return [{"method": name, "seed": seed, **common} for seed in seeds for name in methods]
     if kind == "window":
         common = {"seed": seeds[0], "rounds": options.tuned_rounds}
         return [{"method": f"window {rounds}", **common} for rounds in WINDOWS]
@@ -151,7 +156,6 @@ def main() -> None:
     parser.add_argument("--tuning-rounds", type=int, default=10)
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="Of AdamW, to tune over.")
     parser.add_argument("--width", type=int, default=8, help="Of the U-Net; another one needs another --name.")
-    parser.add_argument("--tuned-methods", nargs="+", choices=TUNED_METHODS, default=list(TUNED_METHODS))
     parser.add_argument("--tuned-rounds", type=int, default=40, help="Of auto_fedrl; a multiple of 8.")
     parser.add_argument("--name", default="federated_medical", help="Of the file of results.")
     options = parser.parse_args()
@@ -161,7 +165,6 @@ def main() -> None:
     if options.short:
         options.seeds, options.rounds, options.tuning_rounds, options.tuned_rounds = [0], 2, 1, 8
         options.methods = ["FedSM", "centralised", "FedAvg"]
-        options.tuned_methods = ["fixed 0.05", "gaussian"]
     command = f"python benchmarks/federated_medical.py --parts {' '.join(options.parts)}"
     results = Results(options.name + ("_short" if options.short else ""), command + " --short" * options.short)
     kinds = {kind for part in options.parts for kind in PARTS[part]}

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from functools import partial
 
 from common import Results
 from federated_medical_summary import latest
@@ -35,7 +36,8 @@ def draw(results: Results) -> None:
             (_thresholds, "threshold summary"),
             (_pulls, "pull summary"),
             (_left_out, "leave one out summary"),
-            (_accuracies, "auto_fedrl"),
+            (partial(_tuned, metric="accuracy", title="CIFAR subset, eight sites, Dirichlet 0.5"), "auto_fedrl"),
+            (partial(_tuned, metric="Dice, mean over sites", title="Nuclei, FedAvg"), "auto_fedrl on nuclei"),
         )
         if by_kind[kind]
     ]
@@ -127,7 +129,7 @@ def _left_out(axes, rows: list[dict]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _accuracies(axes, rows: list[dict]) -> None:
+def _tuned(axes, rows: list[dict], metric: str, title: str) -> None:
     """Mean over the seeds by round; a search's begins where its trials end."""
     rows = latest(rows)
     curves = defaultdict(list)
@@ -146,6 +148,6 @@ def _accuracies(axes, rows: list[dict]) -> None:
             label=method,
         )
     axes.set_xlabel("rounds")
-    axes.set_ylabel("test accuracy")
-    axes.set_title("CIFAR subset, eight sites, Dirichlet 0.5")
+    axes.set_ylabel(f"test {metric}")
+    axes.set_title(title)
     axes.legend(frameon=False, fontsize=7)

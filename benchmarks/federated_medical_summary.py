@@ -4,7 +4,7 @@ import statistics
 from collections import defaultdict
 
 from common import Results
-from federated_medical_policies import NUM_TRIED, RATES
+from federated_medical_policies import NUM_TRIED
 
 
 # Largest Dice that the super model may lose against FedAvg where all sites have one distribution.
@@ -25,9 +25,12 @@ def summarise(results: Results) -> None:
     by_kind = defaultdict(list)
     for row in rows:
         by_kind[row["kind"]].append(row)
-    for add in (_nuclei, _thresholds, _pulls, _leave_one_out, _shared, _auto_fedrl):
+    for add in (_nuclei, _thresholds, _pulls, _leave_one_out, _shared):
         for row in add(by_kind):
             results.add(**row)
+    for kind in ("auto_fedrl", "auto_fedrl on nuclei"):
+        for row in _auto_fedrl(by_kind[kind], by_kind["window"] if kind == "auto_fedrl" else []):
+            results.add(kind=f"{kind} summary", **row)
 
 
 def mean_and_std(values: list[float]) -> list[float | None]:
@@ -128,9 +131,9 @@ def _shared(by_kind: dict[str, list[dict]]):
         }
 
 
-def _auto_fedrl(by_kind: dict[str, list[dict]]):
-    rows = latest(by_kind["auto_fedrl"])
-    rows += [row for row in by_kind["window"] if rows and row["rounds"] == rows[0]["rounds"]]
+def _auto_fedrl(rows: list[dict], windows: list[dict]):
+    rows = latest(rows)
+    rows += [row for row in windows if rows and row["rounds"] == rows[0]["rounds"]]
     by_method = defaultdict(dict)
     for row in [*rows, *_grids(rows)]:
         by_method[row["method"]][row["seed"]] = row
@@ -144,7 +147,6 @@ def _auto_fedrl(by_kind: dict[str, list[dict]]):
         # By the accuracy on what sites hold out, which is there for every round.
         reached = [_rounds_to(found[seed], _TARGET * by_method[best][seed]["validation"][-1]) for seed in seeds]
         yield {
-            "kind": "auto_fedrl summary",
             "method": method,
             "is_best_fixed": method == best,
             "rounds": rows[0]["rounds"],
@@ -163,7 +165,7 @@ def _grids(rows: list[dict]) -> list[dict]:
     """
     grids = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
-        tried = [row for row in rows if row["seed"] == seed and row["method"] in {f"fixed {rate:g}" for rate in RATES}]
+        tried = [row for row in rows if row["seed"] == seed and row["method"].startswith("fixed")]
         if len(tried) < NUM_TRIED:
             continue
         first = tried[0]["rounds"] // 8
