@@ -28,9 +28,10 @@ def summarise(results: Results) -> None:
     for add in (_nuclei, _thresholds, _pulls, _leave_one_out, _shared):
         for row in add(by_kind):
             results.add(**row)
-    for kind in ("auto_fedrl", "auto_fedrl on nuclei"):
-        for row in _auto_fedrl(by_kind[kind], by_kind["window"] if kind == "auto_fedrl" else []):
-            results.add(kind=f"{kind} summary", **row)
+    for row in _auto_fedrl(by_kind["auto_fedrl"], by_kind["window"]):
+        results.add(kind="auto_fedrl summary", **row)
+    for row in _auto_fedrl(by_kind["auto_fedrl on nuclei"], []):
+        results.add(kind="auto_fedrl on nuclei summary", **row)
 
 
 def mean_and_std(values: list[float]) -> list[float | None]:

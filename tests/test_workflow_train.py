@@ -188,6 +188,17 @@ def test_an_architecture_of_transformers_gets_vocabulary_and_special_tokens_of_t
     assert config.items() <= saved.items() and saved["use_cache"] is True
 
 
+def test_the_training_loss_of_gpt2_is_a_mean_over_predicted_tokens(text, tmp_path):
+    config = json.dumps({"n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 8})
+    words = ("--model-type", "gpt2", "--model-config", config, "--vocab-size", 300, "--sequence-length", 8)
+    still = (*QUICK, "--learning-rate", 0)
+    succeed("train", "--dataset", text, "--output-dir", tmp_path / "output", *words, *still)
+    results = read(tmp_path / "output")
+    # Weights that are drawn and stay so know as little of one text as of the other: log(300) nats.
+    losses = [row["loss"] for row in results["log"] if "loss" in row]
+    assert [*losses, results["eval_loss"]] == pytest.approx([math.log(300)] * 3, rel=0.02)
+
+
 def test_images_are_classified_and_resized(tmp_path):
     words = ("--model-config", CONVNEXT, "--image-size", 6, "--per-device-train-batch-size", 32, *QUICK)
     outcome = succeed("train", *IMAGES, "--output-dir", tmp_path / "output", *words)

@@ -73,10 +73,7 @@ class Federation:
             return _segmentation_model(recipe, (recipe.model_config or {}).get("num_channels") or data.shape[0])
         config = load_config(recipe, self.checkpoint)
         of_data = TrainData(None, None, {}, data.tokenizer, data.shape, data.label_names)
-        model = build_model(recipe, self.checkpoint, config, of_data)
-        if recipe.task == "causal-lm" and model.loss_type is None:
-            model.loss_type = "ForCausalLM"  # or a Trainer would count the first token of GPT-2 as predicted
-        return model
+        return build_model(recipe, self.checkpoint, config, of_data)
 
     def trainer_kwargs(self) -> dict[str, Any]:
         """What the sites' Trainers take beside model, arguments and data."""

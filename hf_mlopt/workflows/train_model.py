@@ -121,7 +121,10 @@ def build_model(recipe, checkpoint: Checkpoint | None, config: "PreTrainedConfig
     """
     if recipe.task == "causal-lm":
         _fit_to_text(recipe, config, data.tokenizer, from_scratch=checkpoint is None)
-        return load_model(checkpoint).float() if checkpoint else _from_config("AutoModelForCausalLM", recipe, config)
+        model = load_model(checkpoint).float() if checkpoint else _from_config("AutoModelForCausalLM", recipe, config)
+        # GPT-2 names none, and a Trainer would then divide its loss by one token too many of every row.
+        model.loss_type = model.loss_type or "ForCausalLM"
+        return model
     if recipe.task == "text-classification":
         _fit_to_text(recipe, config, data.tokenizer, from_scratch=checkpoint is None)
         _name_labels(config, data)
