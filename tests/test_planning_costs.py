@@ -140,6 +140,14 @@ def test_the_parts_of_the_streamed_peak(mixtral):
     assert "interpreter" not in on_gpu.parts
 
 
+def test_activations_count_twice_on_an_accelerator(mixtral):
+    planned = plan(mixtral)
+    run = Run(PruningConfig(sparsity=0.5, batch_size=1024), 1024, 64, True)
+    cpu, gpu = (streamed_peak(planned.shape, run, 0, accelerator=accelerator) for accelerator in (False, True))
+    assert cpu.moment == gpu.moment == "observing layer 0"
+    assert gpu.parts["workspace"] == 2 * cpu.parts["workspace"]
+
+
 def test_statistics_are_sums_or_second_moments(mixtral):
     def statistics(**settings):
         planned = plan(mixtral, **settings)
