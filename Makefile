@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+AUDIT ?= .venv-audit
 BIN := $(VENV)/bin
 PIP_ARGS := --quiet --disable-pip-version-check
 STAMP_INPUTS := pyproject.toml constraints.txt
 PEER ?= benchmarks/peers/.venv-llmcompressor
 
-.PHONY: demo test test-slow test-oldest quality style bench peers clean
+.PHONY: demo test test-slow test-oldest quality style bench peers audit clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %d.%d; set PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -60,5 +61,12 @@ $(PEER)/.ready: benchmarks/peers/llmcompressor.txt
 	@test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/python -m pip install $(PIP_ARGS) -r $< && touch $@
 
+# Known vulnerabilities of all that is installed. Needs a network; in an environment of its own, for its packages are not
+# ours.
+audit: $(VENV)/.dev
+	@test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install $(PIP_ARGS) pip-audit
+	$(AUDIT)/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEER) demo_output dist build
+	rm -rf $(VENV) $(OLDEST) $(AUDIT) $(PEER) demo_output dist build

@@ -20,3 +20,14 @@ def test_the_workflow_does_what_ci_run_does():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={python['python-version']}"
     assert all((ROOT / path).is_file() for path in python["cache-dependency-path"].split())
+
+
+def test_workflows_run_targets_that_the_makefile_has():
+    targets = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if ":" in line}
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+        assert commands
+        for command in commands:
+            make, *wanted = command.split()
+            assert make == "make" and set(wanted) <= targets, path.name
