@@ -1,5 +1,5 @@
 """
-Makes docs/results.md of benchmarks/results/*.json.
+Makes docs/results.md, and the numbers of README.md, of benchmarks/results/*.json.
 
     python benchmarks/render_results.py
 
@@ -10,11 +10,12 @@ kinds of row that only the short form has are shown as such, and all else of it 
 import json
 from pathlib import Path
 
+from readme_numbers import RESULTS, with_numbers
 from result_specs import SPECS
 from result_tables import Block, Spec, blocks, markdown, other_blocks, shown
 
 
-RESULTS = Path(__file__).resolve().parent / "results"
+README = Path(__file__).resolve().parent.parent / "README.md"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 SHORT = "_short"
 INTRODUCTION = """\
@@ -149,4 +150,5 @@ def _file(name: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
-    print(f"written to {PAGE}")
+    README.write_text(with_numbers(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"written to {PAGE} and {README}")

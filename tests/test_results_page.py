@@ -82,6 +82,24 @@ def test_another_value_is_another_page(path, tmp_path):
     pytest.fail("no number of this file is on the page")
 
 
+def test_the_numbers_of_the_readme_are_those_of_the_files(tmp_path):
+    from readme_numbers import with_numbers
+
+    readme = (ROOT / "README.md").read_text()
+    assert with_numbers(readme) == readme
+    for name in ("pruning", "distillation", "communication", "federated_medical"):
+        for path in RESULTS.glob("*.json"):
+            (tmp_path / path.name).write_text(path.read_text())
+        record = json.loads((RESULTS / f"{name}.json").read_text())
+        for row in record["rows"]:
+            for key in {"perplexity", "gap_closed", "step_seconds_median"} & row.keys():
+                row[key] = 7.0
+            if row["kind"] == "nuclei":
+                row["dice"] = {model: {"mean": 0.5} for model in row["dice"]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+        assert with_numbers(readme, tmp_path) != readme, name
+
+
 def test_keys_that_are_shown_are_keys_that_benchmarks_write():
     from result_specs import SPECS
 
