@@ -279,13 +279,18 @@ def test_auto_fedrl_leaves_its_trace_and_a_picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_flower_gives_the_same_bits(tmp_path, no_process_is_left):  # noqa: F811
-    """Global and personal models, selector, and the super model."""
-    more = ("--algorithm", "fedsm", "--algorithm-args", '{"selector": "learned"}', "--release-personal")
+@pytest.mark.parametrize(
+    "more, further",
+    [("--release-personal", "super_model/model.safetensors"), ("--secure-sum", "sites/site_2/*/round-1.safetensors")],
+)
+def test_flower_gives_the_same_bits(more, further, tmp_path, no_process_is_left):  # noqa: F811
+    """Global and personal models, or their mean under masks, selector, and the super model."""
+    fedsm = ("--algorithm", "fedsm", "--algorithm-args", '{"selector": "learned"}')
     for name, engine in (("here", "in-process"), ("there", "flower")):
-        succeed(*words(tmp_path / name, *more, "--engine", engine))
-    for file in ("checkpoint-2/server.safetensors", "super_model/model.safetensors"):
-        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
+        succeed(*words(tmp_path / name, *fedsm, more, "--engine", engine))
+    for file in ("checkpoint-2/server.safetensors", further):
+        here, there = (next((tmp_path / name).glob(file)) for name in ("here", "there"))
+        assert here.read_bytes() == there.read_bytes()
 
 
 def test_a_site_whose_masks_are_all_empty_is_warned_of(tmp_path):
