@@ -7,7 +7,6 @@ from hf_mlopt.pruning import MoEPruner, PruningConfig
 from tests.families import token_ids
 
 
-METHODS = ("moe-pruner", "wanda", "magnitude", "ria", "sparsegpt", "sparsegpt-gated")
 PATTERNS = ({"sparsity": 0.5}, {"pattern": "2:4"})
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hf_mlopt.errors import ConfigurationError, InputError
+from hf_mlopt.federated.algorithms import ALGORITHMS
 from tests.federations import (
     NAMES,
     SITES,
@@ -103,7 +104,7 @@ def test_sites_evaluate_in_every_round_whatever_is_noted(tmp_path, every, noted)
     assert not any("eval_loss" in of for row in trainer.history for of in row["sites"].values())
 
 
-@pytest.mark.parametrize("algorithm", ["fedavgm", "fedadam", "fedprox", "scaffold", "ditto", "fedbn", "domo", "fedsm"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_any_algorithm_is_tuned(tmp_path, algorithm):
     args = {"algorithm_args": {"selector": "none"}} if algorithm == "fedsm" else {}
     trainer = tuned(tmp_path, algorithm=algorithm, num_rounds=3, **args)

@@ -1,5 +1,7 @@
 """Federated algorithms: each against its float64 twin, and bit for bit where two of them coincide."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -150,20 +152,10 @@ def present(algorithm, num_rounds=ROUNDS):
     return chosen
 
 
-FEDOPT = [
-    (FedAvg, {}, twin.fedavg),
-    (FedAvgM, {"server_momentum": 0.6, "server_lr": 0.7}, lambda: twin.fedavgm(0.6, 0.7)),
-    (FedAdam, {}, lambda: twin.adaptive(0.1, 0.9, 0.99, 1e-3, "adam")),
-    (FedAdam, {"bias_correction": "flwr"}, lambda: twin.adaptive(0.1, 0.9, 0.99, 1e-3, "adam", flwr=True)),
-    (FedAdam, {"betas": (0.5, 0.8), "tau": 0.1}, lambda: twin.adaptive(0.1, 0.5, 0.8, 0.1, "adam")),
-    (FedYogi, {"server_lr": 0.05}, lambda: twin.adaptive(0.05, 0.9, 0.99, 1e-3, "yogi")),
-]
-
-
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-@pytest.mark.parametrize("make, options, server", FEDOPT)
-def test_servers_equal_their_twins(make, options, server, fraction):
-    run = Run(make(fraction=fraction, **options))
+@pytest.mark.parametrize("name, options, server", twin.SERVERS)
+def test_servers_equal_their_twins(name, options, server, fraction):
+    run = Run(ALGORITHMS[name](fraction=fraction, **options))
     sites = present(run.algorithm)
     assert {len(chosen) for chosen in sites} == {4 * fraction}
     for w in twin.fedopt(PROBLEM.start, PROBLEM.client_gradient, sites, SAMPLES, STEPS, ETA, server()):
@@ -486,3 +478,8 @@ def test_fedadam_of_no_memory_and_large_tau_goes_the_way_of_fedavg():
 def test_options_out_of_range_are_named(make, field):
     with pytest.raises(ConfigurationError, match=f"^{field}="):
         make()
+
+
+def test_the_guide_tells_of_every_algorithm():
+    guide = (Path(__file__).parent.parent / "docs" / "federate.md").read_text(encoding="utf-8")
+    assert [name for name in ALGORITHMS if f"`{name}`" not in guide] == []

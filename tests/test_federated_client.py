@@ -67,13 +67,7 @@ def server_after(trainer, round, group="weights"):
     return flat(load_message(path).groups[group])
 
 
-SERVERS = [
-    ("fedavg", {}, twin.fedavg, 0.0),
-    ("fedavgm", {"server_momentum": 0.6, "server_lr": 0.7}, lambda: twin.fedavgm(0.6, 0.7), 0.0),
-    ("fedadam", {}, lambda: twin.adaptive(0.1, 0.9, 0.99, 1e-3, "adam"), 0.0),
-    ("fedyogi", {"server_lr": 0.05}, lambda: twin.adaptive(0.05, 0.9, 0.99, 1e-3, "yogi"), 0.0),
-    ("fedprox", {"proximal_mu": 0.7}, twin.fedavg, 0.7),
-]
+SERVERS = [*((*row, 0.0) for row in twin.SERVERS), ("fedprox", {"proximal_mu": 0.7}, twin.fedavg, 0.7)]
 
 
 @pytest.mark.parametrize("name, options, server, mu", SERVERS)

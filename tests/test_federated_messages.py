@@ -187,6 +187,7 @@ def answers(algorithm, **num_samples):
             for group, tensors in likeness.groups.items()
         }
         scalars = {**likeness.scalars, "num_samples": num_samples.get(site, k + 1), "lr_sum": 0.1 * (k + 1)}
+        scalars["num_steps"] = k + 1
         replies[site] = Message(groups, scalars)
     return replies
 

@@ -147,6 +147,7 @@ def test_a_folder_that_is_in_use_and_one_with_nothing_in_it(tmp_path):
 
 # Refused before the first round.
 
+CORRECTING = ("fedprox", "scaffold", "ditto", "domo-s")
 REFUSED = [
     ({"algorithm": "fedbest"}, "algorithm='fedbest'.*ditto, domo, domo-s.*scaffold"),
     ({"algorithm": "fedprox", "algorithm_args": {"mu": 1}}, "algorithm_args.mu=1: fedprox takes proximal_mu"),
@@ -155,6 +156,8 @@ REFUSED = [
     ({"algorithm_args": {"fraction": 0.5}}, "algorithm_args.fraction=0.5: set site_fraction instead"),
     ({"algorithm_args": "[1]"}, "algorithm_args='?\\[1\\]'?: must be a dict"),
     ({"algorithm": "scaffold", "mlopt_optim": "adamw"}, "mlopt_optim='adamw'.*take sgd"),
+    *(({"algorithm": name, "fp16": True}, f"fp16=True: {name} adds to gradients") for name in CORRECTING),
+    ({"algorithm": "domo", "algorithm_args": {"fusion_at": "step"}, "fp16": True}, "fp16=True: domo adds"),
     ({"algorithm": "fedavg-lm", "mlopt_optim": "adamw"}, "mlopt_optim='adamw'.*take sgd"),
     ({"algorithm": "fedavg-lm", "mlopt_optim_args": {"momentum": 0.0}}, "mlopt_optim_args.*momentum"),
     ({"mlopt_optim": "domo"}, "mlopt_optim='domo'.*name it as algorithm"),

@@ -25,7 +25,7 @@ def pruned(method, sparsity=0.5, sparsities=None, dense=(), dtype=torch.float32,
     weight_EOD, inputs_ETD = weight_EOD[experts].clone(), inputs_ETD[experts]
     second_ED = inputs_ETD.double().square().sum(dim=1)
     moments = inputs_ETD.transpose(1, 2) @ inputs_ETD if METHODS[method].hessian else second_ED
-    moments = None if method == "magnitude" else moments
+    moments = moments if METHODS[method].calibrated else None
     config = PruningConfig(method=method, sparsity=sparsity)
     prune_weights_(weight_EOD, moments, config, dense, MATRICES, sparsities=sparsities)
     return weight_EOD

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from hf_mlopt.moe import moe_layers
+from hf_mlopt.pruning import METHODS
 from tests.families import ALL_FAMILIES, make_family, token_ids
-from tests.pruned import METHODS, PATTERNS, assert_pattern, expert_matrices, prune, snapshot
+from tests.pruned import PATTERNS, assert_pattern, expert_matrices, prune, snapshot
 from tests.reference import pruning as reference
 
 

@@ -15,34 +15,26 @@ def data(experts=3, outputs=10, width=24, seed=0):
     return weight_EOD, second_ED
 
 
-TWINS = {
-    "magnitude": lambda W, Q: reference.magnitude_score(W),
-    "wanda": reference.wanda_score,
-    "moe-pruner": reference.wanda_score,
-    "ria": reference.ria_score,
-}
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("method", TWINS)
+@pytest.mark.parametrize("method", reference.SCORES)
 def test_score_equals_its_twin(method, dtype):
     weight_EOD, second_ED = data()
     weight_EOD = weight_EOD.to(dtype)
     score_EOD = METHODS[method].score(weight_EOD, second_ED)
     assert score_EOD.dtype == torch.float32 and score_EOD.shape == weight_EOD.shape
     for expert in range(3):
-        expected = TWINS[method](weight_EOD[expert].tolist(), second_ED[expert].tolist())
+        expected = reference.SCORES[method](weight_EOD[expert].tolist(), second_ED[expert].tolist())
         torch.testing.assert_close(score_EOD[expert].double(), torch.tensor(expected).double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("method", TWINS)
+@pytest.mark.parametrize("method", reference.SCORES)
 def test_score_leaves_its_inputs_alone(method):
     weight_EOD, second_ED = data()
     METHODS[method].score(weight_EOD, second_ED)
     assert torch.equal(weight_EOD, data()[0]) and torch.equal(second_ED, data()[1])
 
 
-@pytest.mark.parametrize("method", ("magnitude", "wanda", "moe-pruner", "ria"))
+@pytest.mark.parametrize("method", reference.SCORES)
 def test_experts_do_not_influence_each_other(method):
     weight_EOD, second_ED = data()
     together = METHODS[method].score(weight_EOD, second_ED)
@@ -77,7 +69,7 @@ def test_chunks_do_not_change_the_result(method, pattern, chunk, monkeypatch):
     config = PruningConfig(method=method, pattern=pattern, sparsity=None if pattern else 0.5)
     whole, second_ED = data()
     moments = torch.diag_embed(second_ED).float() if METHODS[method].hessian else second_ED
-    moments = None if method == "magnitude" else moments
+    moments = moments if METHODS[method].calibrated else None
     pieces = whole.clone()
     prune_weights_(whole, moments, config, dense={1})
     monkeypatch.setattr("hf_mlopt.pruning.apply._CPU_CHUNK", chunk)

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_mlopt.moe import decoder_layers, moe_layers
-from hf_mlopt.pruning import PruningConfig
+from hf_mlopt.pruning import METHODS, PruningConfig
 from hf_mlopt.pruning.states import LayerCalls, States, embed
 from hf_mlopt.pruning.sweep import InMemory, sweep
 from tests.families import ALL_FAMILIES, make_family, token_ids
-from tests.pruned import METHODS, PATTERNS, prune, routed_by, same, snapshot
+from tests.pruned import PATTERNS, prune, routed_by, same, snapshot
 from tests.reference import pruning as reference
 
 
@@ -128,22 +128,15 @@ def brute_force_moments(layer, hidden_TH, topk_index_TK, topk_weight_TK, min_tok
             yield Q
 
 
-SCORES = {
-    "moe-pruner": (reference.wanda_score, 1.0),
-    "wanda": (reference.wanda_score, 0.0),
-    "ria": (reference.ria_score, 0.0),
-}
-
-
 @pytest.mark.parametrize("min_tokens", (0, 70), ids=("covered", "blend"))
 @pytest.mark.parametrize("settings", PATTERNS, ids=("50%", "2:4"))
-@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("method", reference.SCORES)
 def test_final_weights_equal_a_literal_sweep(method, settings, min_tokens):
     """Whole-model forwards, plain loops and float64 against the sweep: every weight of both layers."""
     ids, model, twin = token_ids(4, 32), make_family("mixtral"), make_family("mixtral")
     report = prune(model, ids, method=method, min_tokens=min_tokens, **settings)
-    assert bool(report.uncovered) == bool(min_tokens)
-    score, gate_power = SCORES[method]
+    assert bool(report.uncovered) == bool(min_tokens and METHODS[method].calibrated)
+    score, gate_power = reference.SCORES[method], float(METHODS[method].gated)
     for index in range(2):
         layer, *routing = routed_by(twin, ids, index)
         moments = brute_force_moments(layer, *routing, min_tokens, gate_power)

@@ -437,7 +437,7 @@ BAD = [
     ("--vocab-size 300", "vocab_size=300: does not belong to --task image-classification"),
     ("--image-size 0", "image_size=0: must be at least 1"),
     ("--learning-rate -1", "learning_rate=-1.0: must be at least 0"),
-    ("--algorithm fedavgg", "algorithm='fedavgg': must be one of ditto, domo"),
+    ("--algorithm fedavgg", "algorithm: invalid value 'fedavgg': must be one of 'ditto', 'domo'"),
     ("--algorithm-args '{\"mu\": 1}'", "algorithm_args"),
     ("--mlopt-optim-args '{\"momentum\": -1}'", "mlopt_optim_args"),
     ("--model-config '{\"depth\": [1]}'", "model_config.depth=[1]: resnet has no such field; did you mean depths?"),

@@ -1,8 +1,11 @@
 """The picture at the end of the demo."""
 
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from hf_mlopt.pruning import METHODS
 
 
 # Colour-blind safe (Okabe and Ito), with a marker each so that the lines can be told apart in grey.
@@ -14,6 +17,8 @@ STYLES = {
     "sparsegpt": ("#CC79A7", "v"),
     "sparsegpt-gated": ("#E69F00", "D"),
 }
+_LEFT = cycle([("#56B4E9", "P"), ("#F0E442", "*"), ("#000000", "h")])
+STYLES |= {method: next(_LEFT) for method in METHODS if method not in STYLES}
 
 
 def plot(rows: list[dict], dense: float, path: Path, title: str) -> None:

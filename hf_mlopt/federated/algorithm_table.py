@@ -9,15 +9,13 @@ from hf_mlopt.errors import ConfigurationError
 from hf_mlopt.federated.algorithms import (
     ALGORITHMS,
     AutoFedRL,
-    FedBN,
     FedSM,
     MaskedFedSM,
+    Message,
     SearchSpace,
     ServerAlgorithm,
-    normalization_names,
 )
-from hf_mlopt.federated.algorithms.image_features import num_image_features
-from hf_mlopt.federated.selector_model import num_channels_of
+from hf_mlopt.federated.selector_model import selector_weights
 from hf_mlopt.optimizers.domo_variants import VARIANTS, Variant
 from hf_mlopt.training.arguments import json_object
 
@@ -33,6 +31,8 @@ logger = logging.getLogger(__name__)
 _FAMILY = {name: variant for name, variant in VARIANTS.items() if name not in ("fedavg", "diloco")}
 ALGORITHM_NAMES = sorted({*ALGORITHMS, *_FAMILY})
 _FROM_VARIANT = ("server_momentum", "fusion", "fusion_at", "local_state", "server_lr", "server_unit")
+# What an algorithm may start with beside the model: (model, number of sites, seed) to the group.
+_STARTS = {"selector": selector_weights}
 _FROM_ARGUMENTS = {"fraction": "site_fraction", "min_sites": "min_sites", "weighting": "site_weights"}
 
 
@@ -46,11 +46,9 @@ def make_algorithm(args: "FederatedTrainingArguments", model: "torch.nn.Module")
     variant = _FAMILY.get(args.algorithm)
     algorithm_cls = ALGORITHMS["domo" if variant else args.algorithm]
     options = {name: getattr(variant, name) for name in _FROM_VARIANT} if variant else {}
-    if issubclass(algorithm_cls, FedBN):
-        options["local_names"] = normalization_names(model)
-    if issubclass(algorithm_cls, FedSM):
-        algorithm_cls = MaskedFedSM if args.secure_sum else FedSM
-        options["num_features"] = num_image_features(num_channels_of(model) or 3)
+    options |= algorithm_cls.options_for(model, args)
+    if algorithm_cls is FedSM and args.secure_sum:
+        algorithm_cls = MaskedFedSM
     taken = set(inspect.signature(algorithm_cls).parameters) - {"options"}
     for key, value in (args.algorithm_args or {}).items():
         if key in _FROM_ARGUMENTS:
@@ -65,6 +63,22 @@ def make_algorithm(args: "FederatedTrainingArguments", model: "torch.nn.Module")
         name = _FROM_ARGUMENTS.get(error.field, f"algorithm_args.{error.field}")
         raise ConfigurationError(name, error.value, str(error).partition(": ")[2]) from None
     return algorithm if args.auto_fedrl is None else _tuned(algorithm, args)
+
+
+def first_message(
+    algorithm: ServerAlgorithm, init: Message, model: "torch.nn.Module", num_sites: int, seed: int
+) -> Message:
+    """What `setup` of an algorithm takes: `init`, which is the model's, and the groups that it starts with beside."""
+    made = {group: _STARTS[group](model, num_sites, seed) for group in algorithm.starts_with}
+    return Message({**init.groups, **made}, init.scalars)
+
+
+def corrects_gradients(args: "FederatedTrainingArguments") -> bool:
+    """Whether the algorithm has sites add to gradients; of the DOMO family, to every step."""
+    variant = _FAMILY.get(args.algorithm)
+    if variant is None:
+        return ALGORITHMS[args.algorithm].corrects_gradients
+    return (args.algorithm_args or {}).get("fusion_at", variant.fusion_at) == "step"
 
 
 def auto_fedrl_parts(given: dict[str, Any]) -> tuple[SearchSpace, dict[str, Any]]:
@@ -112,11 +126,12 @@ def local_optimizer(args: "FederatedTrainingArguments") -> tuple[str | None, dic
     """
     name, optim_args = args.mlopt_optim, args.mlopt_optim_args
     variant: Variant | None = _FAMILY.get(args.algorithm)
+    kind = ALGORITHMS["domo" if variant else args.algorithm]
     if name in VARIANTS or name == "saef":
         raise ConfigurationError(
             "mlopt_optim", name, "exchanges of itself; name it as algorithm, or a local optimizer"
         )
-    if variant is None and args.algorithm != "scaffold":
+    if variant is None and not kind.needs_sgd:
         return name, optim_args
     optim_args = json_object("mlopt_optim_args", optim_args) or {}
     if name in (None, "sgd"):
@@ -124,13 +139,11 @@ def local_optimizer(args: "FederatedTrainingArguments") -> tuple[str | None, dic
         optim_args = {"momentum": momentum, **optim_args} if momentum else optim_args
     averages = variant is not None and variant.local_state == "average"
     if name != "sgd" and (variant is None or averages):
-        why = "averages the momentum of SGD" if averages else "takes the change over the learning rates for a gradient"
+        why = "averages the momentum of SGD" if averages else kind.needs_sgd
         raise ConfigurationError("mlopt_optim", name, f"{args.algorithm} {why}; take sgd")
     if averages and not optim_args.get("momentum"):
         raise ConfigurationError("mlopt_optim_args", optim_args, f"{args.algorithm} averages the momentum; give one")
-    if variant is None and (optim_args.get("momentum") or args.max_grad_norm):
-        logger.warning(
-            "scaffold takes the change of the weights over the learning rates for a mean gradient, which momentum and "
-            "clipping falsify: set max_grad_norm to 0, and no momentum"
-        )
+    if kind.needs_plain_sgd and (optim_args.get("momentum") or args.max_grad_norm):
+        remedy = "which momentum and clipping falsify: set max_grad_norm to 0, and no momentum"
+        logger.warning("%s %s, %s", args.algorithm, kind.needs_sgd, remedy)
     return name, optim_args or None

@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_mlopt.errors import ConfigurationError
-from hf_mlopt.federated.algorithm_table import ALGORITHM_NAMES, auto_fedrl_parts, local_optimizer
+from hf_mlopt.federated.algorithm_table import ALGORITHM_NAMES, auto_fedrl_parts, corrects_gradients, local_optimizer
 from hf_mlopt.federated.update_codec import make_update_codec
 from hf_mlopt.training.arguments import MLOptTrainingArguments, json_object
 from hf_mlopt.training.combinations import refusal
-
-
-_CORRECTS_GRADIENTS = ("fedprox", "scaffold", "ditto", "domo-s")
 
 
 @dataclass(repr=False)  # the inherited one keeps tokens out of logs
@@ -21,8 +18,7 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
 
     Args:
         algorithm (`str`, *optional*, defaults to `"fedavg"`):
-            `fedavg`, `fedavgm`, `fedadam`, `fedyogi`, `fedprox`, `scaffold`, `ditto`, `fedbn`, `fedsm`, or of the DOMO
-            family `domo`, `domo-s`, `fedavg-lm`, `fedavg-lm-z`, `fedavg-sm`, `fedavg-slm`, `fedavg-slm-z`, `slowmo`.
+            What sites and server do in a round; docs/federate.md explains each.
         algorithm_args (`dict` or `str`, *optional*):
             Options of the algorithm, or a JSON object of them: `{"server_lr": 0.5}`.
         auto_fedrl (`dict` or `str`, *optional*):
@@ -84,7 +80,7 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
             Where the metrics of rounds go as well: `tensorboard`, `wandb`...
     """
 
-    algorithm: str = "fedavg"
+    algorithm: Literal[*ALGORITHM_NAMES] = "fedavg"
     algorithm_args: dict[str, Any] | str | None = None
     auto_fedrl: dict[str, Any] | str | None = None
     release_personal: bool = False
@@ -125,7 +121,7 @@ class FederatedTrainingArguments(MLOptTrainingArguments):
         self.mlopt_optim, self.mlopt_optim_args = local_optimizer(self)
         super().__post_init__()
         self.local_steps = local_steps
-        if self.fp16 and self.algorithm in _CORRECTS_GRADIENTS:
+        if self.fp16 and corrects_gradients(self):
             remedy = f"{self.algorithm} adds to gradients that fp16 has scaled; take bf16"
             raise ConfigurationError("fp16", True, remedy)
         if self.grad_codec is not None:

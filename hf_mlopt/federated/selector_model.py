@@ -12,6 +12,7 @@ from hf_mlopt.federated.algorithms.image_features import (
     Discriminant,
     feature_statistics,
     image_features,
+    num_channels_of,
 )
 from hf_mlopt.federated.algorithms.message import Group, Message, Scalar
 
@@ -125,12 +126,6 @@ class ImageBatches:
             yield torch.stack(images).to(self.device)
 
 
-def num_channels_of(model: nn.Module) -> int | None:
-    """Channels of the images that a model takes, if it says so."""
-    options, config = getattr(model, "options", {}), getattr(model, "config", None)
-    return options.get("num_channels", getattr(config, "num_channels", None))
-
-
 def selector_weights(model: nn.Module, num_sites: int, seed: int) -> dict[str, torch.Tensor]:
     """
     What a learned selector begins with.
@@ -141,8 +136,11 @@ def selector_weights(model: nn.Module, num_sites: int, seed: int) -> dict[str, t
         seed (`int`): Of the weights; torch's generator stays as it is.
 
     Raises:
-        ConfigurationError: If the model does not take images.
+        ConfigurationError: If the model does not take images, or for one site.
     """
+    if num_sites < 2:
+        remedy = "with one site there is nothing to select; take none"
+        raise ConfigurationError("algorithm_args.selector", "learned", remedy)
     num_channels = num_channels_of(model)
     if num_channels is None:
         kind = type(model).__name__

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms import (
+    ALGORITHMS,
     Message,
     ditto_gradient,
     domo_fused_step,
@@ -249,10 +250,7 @@ class DOMORule(SiteRule):
 
 
 SITE_RULES = {
-    "fedavg": SiteRule,
-    "fedavgm": SiteRule,
-    "fedadam": SiteRule,
-    "fedyogi": SiteRule,
+    **dict.fromkeys(ALGORITHMS, SiteRule),  # unless it has a part at the site:
     "fedprox": FedProxRule,
     "scaffold": ScaffoldRule,
     "ditto": DittoRule,

@@ -17,8 +17,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from hf_mlopt.errors import ConfigurationError, InputError
-from hf_mlopt.federated.algorithm_table import make_algorithm
-from hf_mlopt.federated.algorithms import AutoFedRL, Message, ServerAlgorithm
+from hf_mlopt.federated.algorithm_table import first_message, make_algorithm
+from hf_mlopt.federated.algorithms import AutoFedRL, ServerAlgorithm
 from hf_mlopt.federated.arguments import FederatedTrainingArguments
 from hf_mlopt.federated.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from hf_mlopt.federated.client import FederatedClient
@@ -28,7 +28,6 @@ from hf_mlopt.federated.privacy.secure_round import run_secure_round
 from hf_mlopt.federated.reply_filters import check_switches
 from hf_mlopt.federated.roll_call import require_held_out, roll_call
 from hf_mlopt.federated.rounds import RoundFailed, evaluate_sites, mean_over_sites, run_round
-from hf_mlopt.federated.selector_model import selector_weights
 from hf_mlopt.federated.site_data import SitesData
 from hf_mlopt.federated.storage import SiteStore
 from hf_mlopt.training import MLOptTrainer
@@ -161,7 +160,7 @@ class FederatedTrainer:
             raise ConfigurationError("resume_from_checkpoint", True, f"no checkpoint in {self.args.output_dir}")
         roster = roll_call(self.engine, self.client.description())
         self.released = [site for site, answer in roster.items() if answer.scalars.get("release_personal")]
-        first = self._first(len(roster))
+        first = first_message(self.algorithm, self.client.initial(), self.model, len(roster), self.args.seed)
         if resume_from_checkpoint:
             path = found[-1] if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             if path.resolve() in [one.resolve() for one in found[:-1]]:
@@ -184,14 +183,6 @@ class FederatedTrainer:
             type(self.model).__name__,
             self.args.num_rounds,
         )
-
-    def _first(self, num_sites: int) -> Message:
-        """What the algorithm starts from."""
-        message = self.client.initial()
-        selector = getattr(getattr(self.algorithm, "inner", self.algorithm), "selector", None)
-        if selector is None or not selector.takes_weights or num_sites < 2:
-            return message
-        return Message({**message.groups, "selector": selector_weights(self.model, num_sites, self.args.seed)})
 
     def _rounds(self) -> None:
         with tqdm(total=self.args.num_rounds, unit="round", disable=self.args.disable_tqdm) as bar:

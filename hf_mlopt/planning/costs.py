@@ -7,6 +7,7 @@ from hf_mlopt.planning.layout import file_bytes
 from hf_mlopt.planning.shape import LayerShape, Matrix, ModelShape
 from hf_mlopt.pruning.config import PruningConfig
 from hf_mlopt.pruning.kept import num_kept
+from hf_mlopt.pruning.scores import METHODS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Run:
 
     @property
     def has_hessians(self) -> bool:
-        return self.config.method.startswith("sparsegpt")
+        return METHODS[self.config.method].hessian
 
     @property
     def has_outlier_pass(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hf_mlopt.hub.shards import DTYPE_BYTES
 from hf_mlopt.planning.costs import Run, targets
 from hf_mlopt.planning.shape import LayerShape, Matrix, ModelShape, is_float
+from hf_mlopt.pruning.scores import METHODS
 
 
 INTERPRETER = 405_000_000  # Python, torch, transformers, a model without weights
@@ -188,7 +189,7 @@ def _scoring(run: Run, layer: LayerShape, accelerator: bool) -> int:
             at_once = min(experts, max(1, _ACCELERATOR_CHUNK // max(numel // experts, width**2)))
             most = max(most, at_once * (_SOLVING * width**2 + numel // experts) * _FLOAT32)
         else:
-            row_local = run.config.method != "ria"
+            row_local = METHODS[run.config.method].row_local
             one = max(matrix.outputs * width for matrix in together)
             most = max(most, _SCORING * min(numel, chunk if row_local else max(chunk, one)))
     return most

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from hf_mlopt.errors import ConfigurationError
-
-
-Method = Literal["moe-pruner", "wanda", "magnitude", "ria", "sparsegpt", "sparsegpt-gated"]
+from hf_mlopt.pruning.scores import METHODS
 
 
 @dataclass
@@ -43,7 +41,7 @@ class PruningConfig:
         batch_size (`int`, *optional*, defaults to 8): Calibration sequences per forward pass.
     """
 
-    method: Method = "moe-pruner"
+    method: Literal[*METHODS] = "moe-pruner"
     sparsity: float | None = None
     pattern: str | None = None
     allocation: Literal["uniform", "load", "owl"] = "uniform"
@@ -94,7 +92,7 @@ class PruningConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether activations are read."""
-        return self.method != "magnitude" or self.drop_experts > 0 or self.allocation == "owl"
+        return METHODS[self.method].calibrated or self.drop_experts > 0 or self.allocation == "owl"
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from hf_mlopt.pruning.kept import num_kept
 from hf_mlopt.pruning.outliers import layer_sparsities
 from hf_mlopt.pruning.removal import adopt_config_, smaller_model
 from hf_mlopt.pruning.report import LayerReport, PruningReport, num_parameters, totals
+from hf_mlopt.pruning.scores import METHODS
 from hf_mlopt.pruning.states import LayerCalls, States, embed
 from hf_mlopt.pruning.sweep import InMemory, Journal, LayerSource, device_of, sweep
 from hf_mlopt.pruning.validation import check_finite_weights, validate
@@ -85,8 +86,9 @@ class MoEPruner:
         moe = validate(model, self.config)
         calibrated, parameters = self.config.needs_calibration, num_parameters(model)
         if calibrated and calibration is None:
+            without = " or ".join(name for name, method in METHODS.items() if not method.calibrated)
             raise InputError(
-                f"method={self.config.method!r} needs calibration data; only magnitude does without, if no expert is "
+                f"method={self.config.method!r} needs calibration data; only {without} does without, if no expert is "
                 "removed and allocation is not owl."
             )
         batches = as_batches(calibration, self.config.batch_size, text_config(model)) if calibrated else []

@@ -6,16 +6,19 @@ Scores of weights: functions of (weight, moments). A larger score means keep. A 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:  # so that what needs no more than the table does without
+    import torch
 
 
-def magnitude(weight_EOD: torch.Tensor, second_ED: torch.Tensor | None) -> torch.Tensor:
+def magnitude(weight_EOD: "torch.Tensor", second_ED: "torch.Tensor | None") -> "torch.Tensor":
     """|W|, `[experts, output, input]`, float32; reads no activations."""
     return weight_EOD.abs().float()
 
 
-def wanda(weight_EOD: torch.Tensor, second_ED: torch.Tensor) -> torch.Tensor:
+def wanda(weight_EOD: "torch.Tensor", second_ED: "torch.Tensor") -> "torch.Tensor":
     r"""
     |W_ij| · ‖X_j‖, [Wanda](https://huggingface.co/papers/2306.11695); with moments weighted by the router, the score
     |W_ij| · ‖X_j · Gate‖ of [MoE-Pruner](https://huggingface.co/papers/2410.12013), Eq. (9).
@@ -30,7 +33,7 @@ def wanda(weight_EOD: torch.Tensor, second_ED: torch.Tensor) -> torch.Tensor:
     return weight_EOD.abs().float().mul_(second_ED.sqrt().float()[:, None])
 
 
-def ria(weight_EOD: torch.Tensor, second_ED: torch.Tensor) -> torch.Tensor:
+def ria(weight_EOD: "torch.Tensor", second_ED: "torch.Tensor") -> "torch.Tensor":
     r"""
     (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖^0.5, relative importance and activations,
     [RIA](https://openreview.net/forum?id=Tr0lPx9woF), with its exponent 0.5.
@@ -38,7 +41,7 @@ def ria(weight_EOD: torch.Tensor, second_ED: torch.Tensor) -> torch.Tensor:
     Args and returns are those of [`wanda`]. A row or column of zeros scores zero.
     """
     size_EOD = weight_EOD.abs().float()
-    tiny = torch.finfo(torch.float32).tiny
+    tiny = 2.0**-126  # the smallest normal number of float32
     inverse_EO1 = size_EOD.sum(dim=-1, keepdim=True).clamp_(min=tiny).reciprocal_()
     inverse_E1D = size_EOD.sum(dim=-2, keepdim=True).clamp_(min=tiny).reciprocal_()
     return size_EOD.mul_(inverse_EO1 + inverse_E1D).mul_(second_ED.pow(0.25).float()[:, None])

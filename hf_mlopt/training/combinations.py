@@ -52,19 +52,6 @@ class Pair:
     note: str = ""
 
 
-def _runs(one: str, other: str, shown_by: str, note: str = "") -> Pair:
-    return Pair(one, other, "runs", shown_by=shown_by, note=note)
-
-
-def _refused(one: str, other: str, field: str, reason: str, note: str = "") -> Pair:
-    return Pair(one, other, "refused", reason, field, note=note)
-
-
-def _apart(one: str, others: str, reason: str) -> Iterator[Pair]:
-    for other in others.split():
-        yield Pair(one, other, "apart", reason)
-
-
 NEEDS_CODEC = "needs grad_codec"
 END_TO_END_ONLY = "belongs to --mode end-to-end; layer by layer only experts are trained"
 STEP_AHEAD_IN_STAGES = "moves weights that stages in flight read; take classic"

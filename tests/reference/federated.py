@@ -81,6 +81,17 @@ def adaptive(eta, beta1, beta2, tau, kind, flwr=False):
     return server
 
 
+# The library's algorithm and its options, and the server that is its twin. All that is special happens there.
+SERVERS = [
+    ("fedavg", {}, fedavg),
+    ("fedavgm", {"server_momentum": 0.6, "server_lr": 0.7}, lambda: fedavgm(0.6, 0.7)),
+    ("fedadam", {}, lambda: adaptive(0.1, 0.9, 0.99, 1e-3, "adam")),
+    ("fedadam", {"bias_correction": "flwr"}, lambda: adaptive(0.1, 0.9, 0.99, 1e-3, "adam", flwr=True)),
+    ("fedadam", {"betas": (0.5, 0.8), "tau": 0.1}, lambda: adaptive(0.1, 0.5, 0.8, 0.1, "adam")),
+    ("fedyogi", {"server_lr": 0.05}, lambda: adaptive(0.05, 0.9, 0.99, 1e-3, "yogi")),
+]
+
+
 def scaffold(w, g, present, n, steps, eta, alpha):
     """SCAFFOLD, Algorithm 1, option II. Yields w, c and the controls of all sites. eta: a number, or one a round."""
     w = np.array(w, dtype=np.float64)

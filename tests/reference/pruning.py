@@ -85,6 +85,14 @@ def ria_score(W, Q) -> list[list[float]]:
     return scores
 
 
+SCORES = {
+    "magnitude": lambda W, Q: magnitude_score(W),
+    "wanda": wanda_score,
+    "moe-pruner": wanda_score,
+    "ria": ria_score,
+}
+
+
 def num_removed(p: float, d_in: int) -> int:
     """floor(p d_in), with p the decimal number it is written as."""
     return math.floor(Fraction(str(p)) * d_in)

@@ -3,9 +3,8 @@
 from hf_mlopt.lazy import lazy_names
 
 
-_PUBLIC = {
-    "ALGORITHMS": "hf_mlopt.federated.algorithms.registry",
-    "AutoFedRL": "hf_mlopt.federated.algorithms.auto_fedrl",
+# The algorithms that recipes may name; a new one is a row here.
+ALGORITHM_CLASSES = {
     "Ditto": "hf_mlopt.federated.algorithms.ditto",
     "FedAdam": "hf_mlopt.federated.algorithms.fedadam",
     "FedAvg": "hf_mlopt.federated.algorithms.fedavg",
@@ -15,9 +14,15 @@ _PUBLIC = {
     "FedSM": "hf_mlopt.federated.algorithms.fedsm",
     "FedYogi": "hf_mlopt.federated.algorithms.fedyogi",
     "FederatedDOMO": "hf_mlopt.federated.algorithms.domo",
+    "Scaffold": "hf_mlopt.federated.algorithms.scaffold",
+}
+
+_PUBLIC = {
+    **ALGORITHM_CLASSES,
+    "ALGORITHMS": "hf_mlopt.federated.algorithms.registry",
+    "AutoFedRL": "hf_mlopt.federated.algorithms.auto_fedrl",
     "MaskedFedSM": "hf_mlopt.federated.algorithms.fedsm_masked",
     "Message": "hf_mlopt.federated.algorithms.message",
-    "Scaffold": "hf_mlopt.federated.algorithms.scaffold",
     "SearchSpace": "hf_mlopt.federated.algorithms.search_space",
     "ServerAlgorithm": "hf_mlopt.federated.algorithms.server",
     "check_reply": "hf_mlopt.federated.algorithms.replies",

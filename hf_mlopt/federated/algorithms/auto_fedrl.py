@@ -76,8 +76,8 @@ class AutoFedRL:
         require("loss_weighting", loss_weighting, known, "must be samples or uniform")
         is_weighted = space.aggregation_weights is None or inner.weighting == "samples"
         require("weighting", inner.weighting, is_weighted, "must be samples where aggregation_weights are searched")
-        can_return = guard is None or inner.name != "scaffold"
-        require("guard", guard, can_return, "must be null for scaffold, whose sites cannot take their controls back")
+        can_return = guard is None or inner.can_go_back
+        require("guard", guard, can_return, f"must be null for {inner.name}, whose sites cannot take a round back")
         self.inner, self.guard, self.loss_weighting = inner, guard, loss_weighting
         self.trace: list[dict[str, Any]] = []  # a row a round and site: what held there, and its loss and reward
         self._before: Groups = {}  # with a guard, model and policy as they were before the last round
@@ -88,6 +88,7 @@ class AutoFedRL:
     groups = property(lambda self: self.inner.groups)
     last_rounds = property(lambda self: self.inner.last_rounds)
     sends_model = property(lambda self: self.inner.sends_model)
+    starts_with = property(lambda self: self.inner.starts_with)
     fraction = property(lambda self: self.inner.fraction)
     min_sites = property(lambda self: self.inner.min_sites)
 

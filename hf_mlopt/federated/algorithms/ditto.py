@@ -18,6 +18,7 @@ class Ditto(FedAvg):
     """
 
     name = "ditto"
+    corrects_gradients = True
 
     def __init__(self, ditto_lambda: float = 0.1, **options):
         super().__init__(**options)

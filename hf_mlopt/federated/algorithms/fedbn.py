@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -34,6 +35,11 @@ class FedBN(FedAvg):
         is_list = not isinstance(local_names, str) and len(local_names) > 0
         require("local_names", local_names, is_list, "give a list of names or patterns; without one take fedavg")
         self.local_names = list(local_names)
+
+    @classmethod
+    def options_for(cls, model: torch.nn.Module, args: Any) -> dict[str, Any]:
+        """As [`ServerAlgorithm.options_for`]: the names of normalization layers."""
+        return {"local_names": normalization_names(model)}
 
     def setup(self, sites: Sequence[str], init: Message, seed: int) -> None:
         weights = init.groups.get("weights", {})

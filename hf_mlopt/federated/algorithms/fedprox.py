@@ -17,6 +17,7 @@ class FedProx(FedAvg):
     """
 
     name = "fedprox"
+    corrects_gradients = True
 
     def __init__(self, proximal_mu: float = 0.01, **options):
         super().__init__(**options)

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms.fedavg import FedAvg
+from hf_mlopt.federated.algorithms.image_features import num_channels_of, num_image_features
 from hf_mlopt.federated.algorithms.message import Group, Message, Scalar
 from hf_mlopt.federated.algorithms.selectors import LearnedSelector, MomentsSelector, NoSelector
 from hf_mlopt.federated.algorithms.server import Groups, require
@@ -69,6 +70,16 @@ class FedSMBase(FedAvg):
         hidden = "needs each site's statistics, which a masked sum hides; take learned or none"
         require("selector", selector, fits, hidden)
         self._selector_start: Group = {}
+
+    @property
+    def starts_with(self) -> tuple[str, ...]:
+        """The first weights of a learned selector."""
+        return ("selector",) if self.selector.takes_weights else ()
+
+    @classmethod
+    def options_for(cls, model: torch.nn.Module, args: Any) -> dict[str, Any]:
+        """As [`ServerAlgorithm.options_for`]: the numbers that there are per image."""
+        return {"num_features": num_image_features(num_channels_of(model) or 3)}
 
     def setup(self, sites: Sequence[str], init: Message, seed: int) -> None:
         """

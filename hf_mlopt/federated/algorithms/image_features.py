@@ -19,6 +19,12 @@ def num_image_features(num_channels: int) -> int:
     return 2 * num_channels + NUM_BINS + 1
 
 
+def num_channels_of(model: torch.nn.Module) -> int | None:
+    """Channels of the images that a model takes, if it says so."""
+    options, config = getattr(model, "options", {}), getattr(model, "config", None)
+    return options.get("num_channels", getattr(config, "num_channels", None))
+
+
 def image_features(images: torch.Tensor) -> torch.Tensor:
     """
     Means and standard deviations of the channels, a grey histogram of 16 bins (shares of pixels), and the mean

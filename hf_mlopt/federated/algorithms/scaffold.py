@@ -26,6 +26,9 @@ class Scaffold(ServerAlgorithm):
     """
 
     name = "scaffold"
+    needs_sgd = "takes the change of the weights over the learning rates for a mean gradient"
+    needs_plain_sgd = corrects_gradients = True
+    can_go_back = False  # the controls of its sites
 
     def __init__(self, server_lr: float = 1.0, **options):
         super().__init__(**options)

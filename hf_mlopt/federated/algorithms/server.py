@@ -21,7 +21,8 @@ class ServerAlgorithm:
     `_memory`, `_sent`, `_scalars`, `_replied` and `_refusal`.
 
     A site answers with the groups of `template(site)`, above all `weights` (its weights after local training, not the
-    change: so the mean of one site is that site's weights bit for bit), and the scalars `round` and `num_samples`.
+    change: so the mean of one site is that site's weights bit for bit), and the scalars `round` and `num_samples`; one
+    of this package also says `num_steps` and `lr_sum` of its local steps.
     Frozen parameters are left out of `init` by the caller, tied ones given once. Weights keep the dtype of `init`:
     give float32 where sites train in bfloat16, or small server steps are rounded away.
 
@@ -39,6 +40,15 @@ class ServerAlgorithm:
     sends_model = True
     # Whether a round needs no more of the replies than the mean of their groups, as a sum under masks gives it.
     needs_only_mean = False
+    # Why local steps have to be those of SGD, where they have to; and whether momentum and clipping falsify it.
+    needs_sgd = ""
+    needs_plain_sgd = False
+    # Whether sites add to the gradients of a step.
+    corrects_gradients = False
+    # Whether a round may be taken back, without harm from what sites have kept of it.
+    can_go_back = True
+    # Groups of `init` that `setup` needs beside those of the model.
+    starts_with: tuple[str, ...] = ()
 
     def __init__(self, fraction: float = 1.0, min_sites: int = 1, weighting: str = "samples"):
         require("fraction", fraction, 0 < fraction <= 1, "must be above 0 and at most 1")
@@ -49,6 +59,17 @@ class ServerAlgorithm:
         self.seed = self.round = 0
         self.last_rounds: dict[str, int] = {}  # per site the round of its last reply that was used
         self.groups: Groups = {}
+
+    @classmethod
+    def options_for(cls, model: torch.nn.Module, args: Any) -> dict[str, Any]:
+        """
+        Options that follow from what is trained, unless they are given.
+
+        Args:
+            model (`torch.nn.Module`): At the server.
+            args (`FederatedTrainingArguments`): Of the local training above all.
+        """
+        return {}
 
     def setup(self, sites: Sequence[str], init: Message, seed: int) -> None:
         """
