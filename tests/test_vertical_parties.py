@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import sparse
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.secure_sum import FixedPoint, Party, Roster
 from hf_mlopt.vertical.aggregate import PairwiseSharing, PlainSharing, sum_request
+from hf_mlopt.vertical.anchor import AnchorKeeper
 from hf_mlopt.vertical.arguments import Parties, VerticalArguments
 from hf_mlopt.vertical.budget import LeakBudget, LeakBudgetExceeded, automatic_budget
 from hf_mlopt.vertical.climb import TreeSharing
@@ -219,6 +221,26 @@ def test_training_goes_on_while_an_anchor_is_summed(federate):
 
     federation.train(**dict.fromkeys(("p00", "p01", "p02"), follow))
     assert all(party.updater.anchors.number >= 1 for party in federation.parties)
+
+
+def test_an_anchor_is_asked_for_after_every_pass():
+    """With answers that are there at once, in the step after the question."""
+    block = FeatureBlock(np.eye(6), BatchSchedule(6, 2, 0))
+    collector, asked = SimpleNamespace(responder=SimpleNamespace(store=SimpleNamespace(newest_pin=0))), []
+
+    def ask(purpose, batch, mark):
+        asked.append(mark)
+        return SimpleNamespace(asked=SimpleNamespace(batch=batch), is_ready=True)
+
+    collector.ask = ask
+    collector.collect = lambda pending: SimpleNamespace(z=block.batches[pending.asked.batch].rows[:, None])
+    keeper = AnchorKeeper(collector, block, words=1)
+    for anchor in (1, 2):
+        for step in range(1, 5):
+            z = keeper.after_step()
+            assert asked.count(anchor) == (3 if step >= 3 else 0)
+            assert (z is not None) == (step == 4) and keeper.number == anchor - (step < 4)
+        assert z.ravel().tolist() == list(range(6))
 
 
 def test_pinned_weights_do_not_move_and_the_oldest_go():
