@@ -2,7 +2,7 @@
 FedSM and Auto-FedRL beside the methods they are compared with: segmentation at sites that differ, and hyper-parameters
 that tune themselves.
 
-    python benchmarks/federated_medical.py            # the full form: about 105 minutes on 2 cores
+    python benchmarks/federated_medical.py            # the full form: about 75 minutes on 2 cores
     python benchmarks/federated_medical.py --short    # under 4 minutes
 
 nuclei         64 x 64 images of five kinds of microscope, each a site, and a sixth, mixed group that stays unseen:
@@ -21,8 +21,9 @@ smaller network on the first seed's test images showed that it was too weak; rat
 change first weights and the order of rows, not the sites. The norms of this U-Net are group norms, without buffers:
 FedBN keeps their scales and shifts at the sites.
 
-Estimated for 2 cores that do nothing else, from parts of it: nuclei 65 minutes (3.3 s of a core a round, twice that
-for FedSM and Ditto; in 40 rounds 45), auto_fedrl 24, leave_one_out 10, ablation 7, shared 3.
+Estimated for 2 cores that do nothing else, from parts of it: nuclei 30 minutes (1.5 s of a core a round, twice that
+for FedSM and Ditto), auto_fedrl 27, leave_one_out 8, ablation 5, shared 2. On cores half as fast it takes twice as
+long, of which --rounds 40 saves a quarter.
 """
 
 import argparse
