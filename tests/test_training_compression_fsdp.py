@@ -72,14 +72,15 @@ def test_shards_are_coded_logged_and_resumed(tmp_path):
 def test_what_cannot_be_is_refused_before_training(tmp_path):
     def run(rank):
         told = []
-        for settings in (AHEAD, {**CODED, "grad_codec_down": "orq-9"}):
+        for settings in (AHEAD, {**CODED, "grad_codec_down": "orq-9"}, {**CLASSIC, "keep_zeros": True}):
             try:
                 make(tmp_path, **settings)
             except ConfigurationError as error:
                 told.append(str(error).split(":")[0])
         return told
 
-    assert in_ranks(run) == [["error_feedback='step-ahead'", "grad_codec_down='orq-9'"]] * 2
+    fields = ["error_feedback='step-ahead'", "grad_codec_down='orq-9'", "error_feedback='classic'"]
+    assert in_ranks(run) == [fields] * 2
 
 
 def test_shards_are_not_divided_among_other_ranks(tmp_path):
