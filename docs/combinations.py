@@ -21,8 +21,8 @@ _BEGINNING = """\
 # Combinations
 
 ```
-hf-mlopt recipes copy all --output recipes
-hf-mlopt train --config recipes/combinations/pipeline_replicas.yaml --output-dir out
+hf-mlopt recipes copy all --output recipes  # outside a checkout, which has them
+hf-mlopt train --config recipes/combinations/pipeline_replicas.yaml --output-dir replicas
 ```
 
 What every two methods do together. `runs`: a test has them run together. **no**: a constructor refuses the two,

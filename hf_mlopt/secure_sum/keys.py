@@ -20,7 +20,7 @@ def primitives(name: str) -> ModuleType:
     try:
         return import_module(f"cryptography.hazmat.primitives.{name}")
     except ImportError as error:
-        raise InputError("masks need the package `cryptography`: pip install 'cryptography>=42'") from error
+        raise InputError("masks need the package `cryptography`: pip install 'hf-mlopt[secure-sum]'") from error
 
 
 def encode_parts(*parts: bytes) -> bytes:

@@ -175,7 +175,7 @@ def crypto_modules():
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError as error:
-        raise InputError("certificates need the package `cryptography`: pip install 'cryptography>=42'") from error
+        raise InputError("certificates need the package `cryptography`: pip install 'hf-mlopt[vertical]'") from error
     return x509, ec, hashes
 
 
