@@ -515,7 +515,7 @@ def test_the_rest_go_on_with_a_roster_of_their_own():
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric.x25519", None)
-    with pytest.raises(InputError, match=r"pip install 'cryptography>=42'"):
+    with pytest.raises(InputError, match=r"pip install 'hf-mlopt\[secure-sum\]'"):
         Party("bank")
 
 
