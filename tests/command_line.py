@@ -44,6 +44,13 @@ def succeed(*words) -> Outcome:
     return outcome
 
 
+def refused(*words) -> str:
+    """Runs one command that must be refused; what it printed to stderr."""
+    outcome = hf_mlopt(*words)
+    assert outcome.status == 2 and "Traceback" not in outcome.err, outcome.out + outcome.err
+    return outcome.err
+
+
 def save(model, tokenizer, directory: Path) -> Path:
     """Writes a checkpoint the way its author would."""
     model.save_pretrained(directory)

@@ -6,6 +6,7 @@ import torch
 
 NUM_PARAMETERS = 8
 SHAPES = ((3,), (2, 2), ())  # of the parameters, 8 numbers in all
+NAMES = ("a.weight", "b.weight", "norm.bias")  # theirs in a message
 
 
 class LeastSquares:
@@ -36,6 +37,16 @@ def parameters(flat, dtype=torch.float64, shapes=SHAPES):
 
 def flat(params):
     return torch.cat([parameter.detach().reshape(-1) for parameter in params]).double().numpy()
+
+
+def tensors(flat, dtype=torch.float64):
+    """The same as a group of a message."""
+    return {name: value.detach() for name, value in zip(NAMES, parameters(flat, dtype), strict=True)}
+
+
+def numbers(group):
+    """`[8]`, float64: what [`tensors`] was given."""
+    return flat(group[name] for name in NAMES)
 
 
 def set_gradients(params, gradient):

@@ -51,3 +51,18 @@ def together(function, world=2, group=True):
         assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) == signal.SIGKILL, "a process hangs"
         answers.append(json.loads(text) if text else None)
     return answers
+
+
+def in_processes(function, world=2):
+    """As [`together`], where each process must return: a failure in one of them fails here, with its traceback."""
+
+    def run(rank):
+        answer = [dist.get_world_size(), function(rank)]
+        dist.barrier()  # the first holds the store through which the others may still find one another
+        return answer
+
+    answers = together(run, world)
+    for answer in answers:
+        assert isinstance(answer, list), answer
+        assert answer[0] == world
+    return [answer[1] for answer in answers]

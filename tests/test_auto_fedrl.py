@@ -25,6 +25,7 @@ from hf_mlopt.federated.algorithms.reinforce import (
 )
 from hf_mlopt.federated.algorithms.scaffold import Scaffold
 from hf_mlopt.federated.algorithms.search_space import HyperParameters, SearchSpace
+from tests.federations import same_bits
 from tests.reference import auto_fedrl as twin
 
 
@@ -33,10 +34,6 @@ SAMPLES = {"a": 10, "b": 20, "c": 30}
 EXACT = {"rtol": 0, "atol": 1e-13}
 START = {"w": torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3), "b": torch.tensor(2.0, dtype=torch.float64)}
 SMALL = SearchSpace(learning_rate=(1e-3, 0.3), local_epochs=(1, 4))
-
-
-def same_bits(group, other):
-    return Message({"x": group}) == Message({"x": other})
 
 
 class Run:
@@ -453,7 +450,9 @@ def test_without_shares_and_server_lr_the_step_is_that_of_the_inner_algorithm_bi
 
 
 def test_it_wraps_fedsm():
-    run = Run(FedSM(selector="none"))
+    inner = FedSM(selector="none")
+    run = Run(inner)
+    assert run.algorithm.tuned is inner.tuned is inner
     ends = {site: reply.groups["personal"] for site, reply in run.replies().items()}
     run.round()
     expected = 0.7 * ends["a"]["w"] + 0.15 * (ends["b"]["w"] + ends["c"]["w"])

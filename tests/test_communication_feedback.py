@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compressed import Layers, backward, batch, coded, digest, flat, loss_of, sgd, train
-from processes import together
+from processes import in_processes, together
 from reference.error_feedback import sign_of_pairs, step_ahead, top_k
 from torch import nn
 
@@ -22,14 +22,6 @@ TOP_K = {"grad_codec": "top-k-0.25", "grad_codec_args": {}}
 PAIRS = {"grad_codec": "sign", "grad_codec_args": {"block": 2}}
 AHEAD = {"error_feedback": "step-ahead"}
 ALIKE = {"find_unused_parameters": True}  # DDP keeps the buckets it begins with
-
-
-def in_processes(function, world=2):
-    answers = together(lambda rank: [dist.get_world_size(), function(rank)], world)
-    for answer in answers:
-        assert isinstance(answer, list), answer
-        assert answer[0] == world
-    return [answer[1] for answer in answers]
 
 
 def momentum(model):

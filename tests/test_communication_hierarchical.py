@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compressed import SETTINGS, Layers, coded, digest, sgd, train, wrap
-from processes import together
+from processes import in_processes
 
 from hf_mlopt.communication import CompressionConfig, compress
 from hf_mlopt.communication.collectives import shard_bounds, two_phase_mean
@@ -28,19 +28,6 @@ def vector(rank, numel, step=0):
 
 def key(*names):
     return (0, *names)
-
-
-def world_of(n, function):
-    def run(rank):
-        assert dist.get_world_size() == n
-        answer = function(rank)
-        dist.barrier()  # the first holds the store through which the others may still find one another
-        return answer
-
-    answers = together(run, n)
-    for answer in answers:
-        assert not isinstance(answer, str), answer
-    return answers
 
 
 def expected_mean(vectors, size, code, inside=lambda v: v):
@@ -87,7 +74,7 @@ def test_mean(world, size):
                 seen.append(result.mean.tolist())
         return seen
 
-    answers = world_of(world, run)
+    answers = in_processes(run, world)
     assert all(answer == answers[0] for answer in answers)  # bit for bit
     seen = iter(answers[0])
     for numel in numels:
@@ -109,7 +96,7 @@ def test_one_rank_a_node_is_two_phase():
         torch.testing.assert_close(ours.sent, theirs.sent, rtol=0, atol=1e-6)
         return [torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("mean", "down_error")]
 
-    assert world_of(3, run) == [[True, True]] * 3
+    assert in_processes(run, 3) == [[True, True]] * 3
 
 
 @pytest.mark.parametrize("inside", [Cast(), Cast(format="bf16")])
@@ -125,7 +112,7 @@ def test_sent_and_kept_is_all_there_was(inside):
             e, lost, total = flat - result.sent, result.down_error, total + result.mean
         return total.tolist(), e.tolist(), lost.tolist()
 
-    answers = world_of(world, run)
+    answers = in_processes(run, world)
     total, e, lost = (torch.tensor([answer[i] for answer in answers]) for i in range(3))
     assert all(torch.equal(one, total[0]) for one in total)
     expected = sum(vector(rank, numel, step) for rank in range(world) for step in range(steps)) / world
@@ -153,7 +140,7 @@ def test_bytes():
             sent.append([result.bytes_across, result.bytes_sent])
         return sent
 
-    assert world_of(4, run) == [[[30, 30 + 192 + 192], [30, 30 + 96 + 192]]] * 4
+    assert in_processes(run, 4) == [[[30, 30 + 192 + 192], [30, 30 + 96 + 192]]] * 4
 
 
 def test_slices_draw_different_numbers():
@@ -164,7 +151,7 @@ def test_slices_draw_different_numbers():
         codec = QSGD(levels=3, block=32)
         return hierarchical_mean(flat, codec, Cast(), key, groups, False).mean.tolist()
 
-    mean = world_of(4, run)[0]
+    mean = in_processes(run, 4)[0]
     assert mean[:32] != mean[32:]
 
 
@@ -181,7 +168,7 @@ def test_nodes_are_found_or_refused():
                 told.append(str(error))
         return found, told
 
-    for rank, (found, told) in enumerate(world_of(4, run)):
+    for rank, (found, told) in enumerate(in_processes(run, 4)):
         assert found == [[0, 1] if rank < 2 else [2, 3], [0, 2] if rank % 2 == 0 else [1, 3]]
         assert [text.split(":")[0] for text in told] == ["ranks_per_node=3", "ranks_per_node=4"]
 
@@ -219,7 +206,7 @@ def test_through_the_hook(feedback):
         expected = sum(leaves_node(sum(sizes[name] for name in names), rank) for names in compression.state.layout)
         return digest(model), digest(plain), difference, expected, logs[-1]
 
-    answers = world_of(4, run)
+    answers = in_processes(run, 4)
     assert len({answer[0] for answer in answers}) == 1 and answers[0][0] != answers[0][1]
     assert answers[0][2] < 1e-6
     numel = sum(parameter.numel() for parameter in Layers().parameters())
@@ -242,4 +229,4 @@ def test_a_hierarchy_is_refused_where_it_is_none():
         except ConfigurationError as error:
             return [str(error)]
 
-    assert all("ranks_per_node=2: must divide the 2 ranks" in told for (told,) in world_of(2, run))
+    assert all("ranks_per_node=2: must divide the 2 ranks" in told for (told,) in in_processes(run))

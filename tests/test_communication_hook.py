@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compressed import DEPTH, SETTINGS, WIDTH, Layers, backward, coded, digest, flat, loss_of, sgd, train, wrap
-from processes import together
+from processes import in_processes
 from torch import nn
 
 from hf_mlopt.communication import CompressionConfig, compress
@@ -28,14 +28,6 @@ def momentum(model):
 
 def adam(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-
-def in_processes(function, world):
-    answers = together(lambda rank: [dist.get_world_size(), function(rank)], world)
-    for answer in answers:
-        assert isinstance(answer, list), answer
-        assert answer[0] == world
-    return [answer[1] for answer in answers]
 
 
 # (accumulation, DDP's settings, ours)

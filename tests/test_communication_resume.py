@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compressed import Layers, coded, digest, flat, loss_of, sgd, train
-from processes import together
+from processes import in_processes
 
 from hf_mlopt.communication import Compression
 from hf_mlopt.errors import InputError
@@ -15,14 +15,6 @@ from hf_mlopt.errors import InputError
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 AHEAD = {"error_feedback": "step-ahead"}
 ALIKE = {"find_unused_parameters": True}
-
-
-def in_processes(function, world=2):
-    answers = together(lambda rank: [dist.get_world_size(), function(rank)], world)
-    for answer in answers:
-        assert isinstance(answer, list), answer
-        assert answer[0] == world
-    return [answer[1] for answer in answers]
 
 
 def momentum(model):

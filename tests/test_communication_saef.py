@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # optimizers would import it, in every process
-from processes import together
+from processes import in_processes
 from reference import saef as listing
 
 from hf_mlopt.communication.quantizers import QSGD, ScaledSign, TopK
@@ -80,21 +80,6 @@ def train(optimizer, params, rank, steps=STEPS, begin=0, lrs=None):
     return seen
 
 
-def world_of(n, function):
-    """What `function(rank)` gives in n processes; in this one for n = 1."""
-
-    def run(rank):
-        assert torch.distributed.get_world_size() == n
-        answer = function(rank)
-        torch.distributed.barrier()  # the first holds the store through which the others may still find one another
-        return answer
-
-    answers = together(run, n) if n > 1 else [json.loads(json.dumps(function(0)))]
-    for answer in answers:
-        assert not isinstance(answer, str), answer
-    return answers
-
-
 @functools.cache
 def all_cases(n):
     """What every rank has seen in every case of n ranks."""
@@ -107,7 +92,7 @@ def all_cases(n):
                 seen[case] = train(SAEFOptimizer(params, **{**LR, **options}), params, rank, lrs=LRS)
         return seen
 
-    return world_of(n, run)
+    return in_processes(run, n) if n > 1 else [json.loads(json.dumps(run(0)))]
 
 
 def twin(n, C, C_down=None, **options):
@@ -198,7 +183,7 @@ def test_averaging_makes_errors_equal_and_keeps_their_mean():
             seen.append([one["e"] for one in train(optimizer, params, rank, steps=6)])
         return seen
 
-    (first, plain_first), (second, plain_second) = world_of(2, run)
+    (first, plain_first), (second, plain_second) = in_processes(run)
     same = [one == other for one, other in zip(first, second, strict=True)]
     assert same == [False, True, False, False, True, False]  # what the third and the sixth step begin with
     assert not any(one == other for one, other in zip(plain_first, plain_second, strict=True))
@@ -225,7 +210,7 @@ def test_nothing_coded_is_sgd_of_the_mean_gradient(mode):
         optimizer = SAEFOptimizer(params, **LR, codec="fp32", codec_down="fp32", error_feedback=mode)
         return train(optimizer, params, rank)
 
-    for seen in world_of(2, run):
+    for seen in in_processes(run):
         for t, one in enumerate(seen):
             np.testing.assert_allclose(one["x"], expected[t], atol=2e-6)
             assert not any(one["e"] + one["s"]) and one["y"] == (seen[t - 1]["x"] if t else start().tolist())
@@ -257,7 +242,7 @@ def test_resume_is_exact(view):
         resumed.train()
         return straight, train(resumed, params, rank, steps=5, begin=5)
 
-    answers = world_of(2, run)
+    answers = in_processes(run)
     for straight, resumed in answers:
         assert resumed == straight
     assert answers[0][0][0]["y"] != answers[1][0][0]["y"]
@@ -293,7 +278,7 @@ def test_parameters_that_are_not_used():
         optimizer.eval()
         return [parameter.flatten().tolist() for parameter in params]
 
-    first, second = world_of(2, run)
+    first, second = in_processes(run)
     before = start().split(SIZES)
     assert first == second and first[0] == before[0].tolist()
     assert np.abs(np.array(first[1]) - before[1].numpy()).min() > 1e-3
@@ -313,7 +298,7 @@ def test_a_gradient_that_is_not_finite_makes_the_step_none_on_all():
             seen.append([flat(params).tolist(), *(states(optimizer, params, n) for n in ("residual", "x"))])
         return seen
 
-    for skipped, straight in world_of(2, run):
+    for skipped, straight in in_processes(run):
         assert skipped == straight
 
 
@@ -329,7 +314,7 @@ def test_ranks_that_disagree_are_told():
                 told.append(str(error))
         return told
 
-    for options, weights in world_of(2, run):
+    for options, weights in in_processes(run):
         assert "codec: [" in options and "ScaledSign" in options and "bf16" in options and "weights" not in options
         assert "disagree about weights" in weights
 
@@ -355,7 +340,7 @@ def test_bytes_are_counted():
             assert traffic.elements == traffic.coded == 21 and traffic.steps == 1 and 0 < traffic.error < traffic.norm
         return sent
 
-    first, second = world_of(2, run)
+    first, second = in_processes(run)
     # Averaged before the third step, in float32: half of the vector to the other rank, the longer half of the mean.
     assert first == [[7, 7], [14, 14], [64, 64 + 4 * (11 + 11)], [12, 12]]
     assert second == [[7, 7], [7, 7], [64, 64 + 4 * (10 + 11)], [12, 12]]
@@ -371,7 +356,7 @@ def test_ranks_draw_different_numbers():
         optimizer.step()
         return flat(params).tolist()
 
-    first, second = world_of(2, run)
+    first, second = in_processes(run)
     params = parameters()
     set_gradients(params, 0, 0)
     lost = (start() - torch.tensor(first)).div(flat([p.grad for p in params]).abs().max())

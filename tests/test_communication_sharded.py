@@ -9,7 +9,7 @@ import torch
 import torch._dynamo  # optimizers would import it, in every process
 import torch.distributed as dist
 from compressed import loss_of
-from processes import together
+from processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, ShardingStrategy, fully_shard
@@ -62,19 +62,6 @@ def fsdp2(net):
 WRAPS = {"fsdp1": fsdp1, "fsdp2": fsdp2}
 
 
-def world_of(n, function):
-    def run(rank):
-        assert dist.get_world_size() == n
-        answer = function(rank)
-        dist.barrier()  # the first holds the store through which the others may still find one another
-        return answer
-
-    answers = together(run, n)
-    for answer in answers:
-        assert not isinstance(answer, str), answer
-    return answers
-
-
 def trained(wrap, rank, steps, begin=0, model=None, load=None, **options):
     """Losses of a few steps, the weights of this rank's shards, the model, its compression."""
     model, compression = model if model is not None else wrap(Net()), None
@@ -109,7 +96,7 @@ def test_nothing_coded_is_plain_fsdp(wrap):
             assert traffic.elements == traffic.coded + (4 * padded(wrap) if options["grad_codec"] == "sign" else 0)
         return seen
 
-    for answer in world_of(2, run):
+    for answer in in_processes(run):
         assert answer == [[True, True, 4 * 4 * padded(wrap) // 2, 4]] * 2
 
 
@@ -128,7 +115,7 @@ def test_coded_trains_and_sends_few_bytes(wrap):
         assert [unit.exchanges for unit in compression.units] == [0] * (wrap == "fsdp1") + [16] * 3
         return plain, coded, traffic.bytes_sent, traffic.coded, traffic.elements, traffic.error / traffic.norm
 
-    answers = world_of(2, run)
+    answers = in_processes(run)
     plain, coded = (np.mean([answer[i] for answer in answers], axis=0) for i in (0, 1))
     assert coded[-4:].mean() < 0.5 * coded[:4].mean() and coded.tolist() != plain.tolist()
     for _, _, bytes_sent, was_coded, elements, error in answers:
@@ -157,7 +144,7 @@ def test_sent_and_kept_is_all_there_was(world):
             total += shard if step else shard / world
         return total.tolist(), unit.unsent[size * world].tolist()
 
-    answers = world_of(world, run)
+    answers = in_processes(run, world)
     sent = torch.tensor(sum((total for total, _ in answers), []))
     kept = torch.tensor([unsent for _, unsent in answers]).mean(0)
     expected = sum(gradient_of(rank, step) for rank in range(world) for step in range(steps)) / world
@@ -181,7 +168,7 @@ def test_resume_is_exact(wrap):
         _, without, _, _ = trained(None, rank, 3, 3, model=afresh, **options)
         return resumed == straight, without == straight
 
-    assert world_of(2, run) == [[True, False]] * 2
+    assert in_processes(run) == [[True, False]] * 2
 
 
 def test_a_gradient_that_is_not_finite_is_not_kept():
@@ -194,7 +181,7 @@ def test_a_gradient_that_is_not_finite_is_not_kept():
         unit(shard, gradient, None, dist.ReduceOp.AVG)
         return bool(shard.isnan().all()), torch.equal(unit.unsent[128], before)
 
-    first, second = world_of(2, run)
+    first, second = in_processes(run)
     assert first == [False, True] and second == [True, False]  # the owner of the shard sees it, as in plain FSDP
 
 
@@ -209,7 +196,7 @@ def test_small_and_exempt_units_travel_plain():
             counts.append([traffic.buckets, traffic.plain_buckets, traffic.coded])
         return counts
 
-    assert world_of(2, run) == [[[6, 2, 4 * 272], [6, 6, 0], [6, 2, 4 * 272]]] * 2
+    assert in_processes(run) == [[[6, 2, 4 * 272], [6, 6, 0], [6, 2, 4 * 272]]] * 2
 
 
 def test_what_cannot_be_coded_is_refused_with_the_reason():
@@ -249,7 +236,7 @@ def test_what_cannot_be_coded_is_refused_with_the_reason():
         "factor": "set_gradient_divide_factor",
         "old torch": "take a later torch",
     }
-    for answer in world_of(2, run):
+    for answer in in_processes(run):
         for name, part in expected.items():
             assert part in answer[name], (name, answer[name])
 

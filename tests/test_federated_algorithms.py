@@ -26,7 +26,8 @@ from hf_mlopt.federated.algorithms import (
     scaffold_gradient,
     scaffold_new_control,
 )
-from tests.least_squares import SHAPES, LeastSquares
+from tests.federations import same_bits
+from tests.least_squares import NAMES, SHAPES, LeastSquares, numbers, tensors
 from tests.reference import domo as domo_twin
 from tests.reference import federated as twin
 from tests.reference.rsgd import Momentum
@@ -35,25 +36,8 @@ from tests.reference.rsgd import Momentum
 PROBLEM = LeastSquares()
 SITES = ["d", "b", "a", "c"]  # site "a" has the data of client 0, and so on
 SAMPLES = {0: 10, 1: 20, 2: 30, 3: 40}
-NAMES = ("a.weight", "b.weight", "norm.bias")
 STEPS, ETA, ROUNDS = 5, 0.02, 12
 EXACT = {"rtol": 0, "atol": 1e-13}
-
-
-def tensors(flat, dtype=torch.float64):
-    pieces = np.split(np.asarray(flat), np.cumsum([int(np.prod(shape)) for shape in SHAPES])[:-1])
-    return {
-        name: torch.tensor(piece.reshape(shape), dtype=dtype)
-        for name, piece, shape in zip(NAMES, pieces, SHAPES, strict=True)
-    }
-
-
-def flat(group):
-    return np.concatenate([group[name].double().numpy().reshape(-1) for name in NAMES])
-
-
-def same_bits(group, other):
-    return Message({"x": group}) == Message({"x": other})
 
 
 def client(site):
@@ -80,7 +64,7 @@ class Run:
     def local_steps(self, site, message, start):
         k, r, w = self.data(site), message.scalars["round"], dict(start)
         for i, eta in enumerate(self.etas):
-            grads = tensors(self.problem.client_gradient(k, flat(w), r, i), w[NAMES[0]].dtype)
+            grads = tensors(self.problem.client_gradient(k, numbers(w), r, i), w[NAMES[0]].dtype)
             if self.correct:
                 grads = self.correct(grads, w, message, site)
             w = {name: w[name] - eta * grads[name] for name in w}
@@ -130,7 +114,7 @@ class DOMORun(Run):
             m = self.state.get(site)
         m = m or {name: torch.zeros_like(t) for name, t in w.items()}
         for i, eta in enumerate(etas):
-            g = tensors(PROBLEM.client_gradient(client(site), flat(w), message.scalars["round"], i))
+            g = tensors(PROBLEM.client_gradient(client(site), numbers(w), message.scalars["round"], i))
             m = {name: self.momentum * m[name] + g[name] for name in w}
             w = {name: w[name] - eta * m[name] for name in w}
             if message.scalars["fusion_at"] == "step":
@@ -160,7 +144,7 @@ def test_servers_equal_their_twins(name, options, server, fraction):
     assert {len(chosen) for chosen in sites} == {4 * fraction}
     for w in twin.fedopt(PROBLEM.start, PROBLEM.client_gradient, sites, SAMPLES, STEPS, ETA, server()):
         run.round()
-        np.testing.assert_allclose(flat(run.weights), w, **EXACT)
+        np.testing.assert_allclose(numbers(run.weights), w, **EXACT)
 
 
 def proximal(grads, w, message, site):
@@ -173,7 +157,7 @@ def test_fedprox_equals_its_twin():
     expected = twin.fedopt(PROBLEM.start, PROBLEM.client_gradient, sites, SAMPLES, STEPS, ETA, twin.fedavg(), mu=0.7)
     for w in expected:
         run.round()
-        np.testing.assert_allclose(flat(run.weights), w, **EXACT)
+        np.testing.assert_allclose(numbers(run.weights), w, **EXACT)
 
 
 def test_a_missing_gradient_stays_missing():
@@ -190,10 +174,10 @@ def test_scaffold_equals_its_twin(fraction, alpha):
     sites = present(run.algorithm)
     for w, c, controls in twin.scaffold(PROBLEM.start, PROBLEM.client_gradient, sites, SAMPLES, STEPS, ETA, alpha):
         run.round()
-        np.testing.assert_allclose(flat(run.weights), w, **EXACT)
-        np.testing.assert_allclose(flat(run.algorithm.groups["control"]), c, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(numbers(run.weights), w, **EXACT)
+        np.testing.assert_allclose(numbers(run.algorithm.groups["control"]), c, rtol=0, atol=1e-11)
         for site, state in run.state.items():
-            np.testing.assert_allclose(flat(state[max(state)]), controls[client(site)], rtol=0, atol=1e-11)
+            np.testing.assert_allclose(numbers(state[max(state)]), controls[client(site)], rtol=0, atol=1e-11)
 
 
 class Quadratics:
@@ -218,7 +202,7 @@ def test_scaffold_finds_the_solution_that_fedavg_misses(make, is_solved):
     run = make(Scaffold(**options) if is_solved else FedAvg(**options), etas=(0.1,) * 5, problem=problem)
     for _ in range(400):
         run.round()
-    distance = np.abs(flat(run.weights) - problem.solution).max()
+    distance = np.abs(numbers(run.weights) - problem.solution).max()
     assert distance < 1e-12 if is_solved else distance > 0.01
 
 
@@ -229,8 +213,8 @@ def test_a_lost_reply_does_not_part_the_controls_of_sites_and_server():
     run.round(drop=["c"])  # the site has trained, and does not know
     run.round()
     own = [run.state[site][4] for site in SITES]
-    mean = sum(flat(control) for control in own) / 4
-    np.testing.assert_allclose(flat(run.algorithm.groups["control"]), mean, rtol=0, atol=1e-12)
+    mean = sum(numbers(control) for control in own) / 4
+    np.testing.assert_allclose(numbers(run.algorithm.groups["control"]), mean, rtol=0, atol=1e-12)
     assert sorted(run.state["c"]) == [2, 4]
 
 
@@ -265,9 +249,9 @@ def test_ditto_equals_its_twin(lmbda):
             personal[site] = run.local_steps(site, message, personal[site])
         run.correct = None
         run.round()
-        np.testing.assert_allclose(flat(run.weights), w, **EXACT)
+        np.testing.assert_allclose(numbers(run.weights), w, **EXACT)
         for site in SITES:
-            np.testing.assert_allclose(flat(personal[site]), v[client(site)], **EXACT)
+            np.testing.assert_allclose(numbers(personal[site]), v[client(site)], **EXACT)
 
 
 class FedBNRun(Run):
@@ -279,7 +263,9 @@ class FedBNRun(Run):
 
 def test_fedbn_equals_its_twin_and_sends_nothing_local():
     run = FedBNRun(FedBN(["norm.*"], fraction=0.5))
-    is_local = flat({name: torch.full(shape, name == "norm.bias") for name, shape in zip(NAMES, SHAPES, strict=True)})
+    is_local = numbers(
+        {name: torch.full(shape, name == "norm.bias") for name, shape in zip(NAMES, SHAPES, strict=True)}
+    )
     sites = present(run.algorithm)
     expected = twin.fedbn(PROBLEM.start, is_local > 0, PROBLEM.client_gradient, sites, SAMPLES, STEPS, ETA)
     for models in expected:
@@ -288,7 +274,7 @@ def test_fedbn_equals_its_twin_and_sends_nothing_local():
         run.round()
         for site in SITES:
             model = {**run.state.get(site, tensors(PROBLEM.start)), **run.weights}
-            np.testing.assert_allclose(flat(model), models[client(site)], **EXACT)
+            np.testing.assert_allclose(numbers(model), models[client(site)], **EXACT)
 
 
 def test_fedbn_keeps_buffers_local_and_refuses_what_should_have_stayed():
@@ -354,10 +340,10 @@ def test_domo_equals_its_twin(options, fused, local, schedule):
     )
     for x, y, m, _ in expected:
         run.round()
-        np.testing.assert_allclose(flat(run.weights), x, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(numbers(run.weights), x, rtol=0, atol=1e-12)
         start = algorithm.configure(algorithm.round)["a"].groups["weights"]
-        np.testing.assert_allclose(flat(start), y, rtol=0, atol=1e-12)
-        np.testing.assert_allclose(flat(algorithm.groups["server_momentum"]), m, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(numbers(start), y, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(numbers(algorithm.groups["server_momentum"]), m, rtol=0, atol=1e-11)
 
 
 def test_domo_takes_the_mean_of_what_the_sites_learning_rates_add_up_to():
@@ -435,20 +421,20 @@ def test_equal_sites_are_one_site(name):
         alone.round(), copies.round()
         if name == "fedavg":
             assert same_bits(alone.weights, copies.weights)
-        np.testing.assert_allclose(flat(alone.weights), flat(copies.weights), rtol=1e-6)
+        np.testing.assert_allclose(numbers(alone.weights), numbers(copies.weights), rtol=1e-6)
 
 
 def test_uniform_weighting_forgets_the_samples():
     run = Run(FedAvg(weighting="uniform"), etas=(ETA,))
     run.round()
     mean = np.mean([PROBLEM.client_gradient(k, PROBLEM.start, 0, 0) for k in range(4)], axis=0)
-    np.testing.assert_allclose(flat(run.weights), PROBLEM.start - ETA * mean, **EXACT)
+    np.testing.assert_allclose(numbers(run.weights), PROBLEM.start - ETA * mean, **EXACT)
 
 
 def test_fedadam_of_no_memory_and_large_tau_goes_the_way_of_fedavg():
     adam, fedavg = Run(FedAdam(server_lr=1e6, betas=(0.0, 0.0), tau=1e6)), Run(FedAvg())
     adam.round(), fedavg.round()
-    np.testing.assert_allclose(flat(adam.weights), flat(fedavg.weights), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(numbers(adam.weights), numbers(fedavg.weights), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from hf_mlopt.federated.algorithms.replies import check_reply
 from hf_mlopt.federated.algorithms.routing import GLOBAL, route
 from hf_mlopt.federated.algorithms.soft_pull import mixture, soft_pull, soft_pull_from_total, soft_pull_total
 from hf_mlopt.federated.selector_model import MomentsSelectorModel, selector_model, train_selector
-from tests.least_squares import SHAPES, LeastSquares
+from tests.federations import same_bits
+from tests.least_squares import NAMES, LeastSquares, numbers, tensors
 from tests.reference import fedsm as twin
 
 
@@ -31,29 +32,12 @@ PROBLEM = LeastSquares()
 SITES = ["c", "a", "d", "b"]
 SITES_SORTED = sorted(SITES)
 SAMPLES = {0: 10, 1: 20, 2: 30, 3: 40}
-NAMES = ("a.weight", "b.weight", "norm.bias")
 MOMENTS = ("selector_m", "selector_v")
 STEPS, ETA, ROUNDS = 4, 0.02, 6
 EXACT = {"rtol": 0, "atol": 1e-13}
 RNG = np.random.default_rng(5)
 INPUTS = {k: RNG.normal(size=(5 + k, 6)) + k for k in range(4)}  # of the selector
 START = RNG.normal(size=(4, 6))
-
-
-def tensors(flat, dtype=torch.float64):
-    pieces = np.split(np.asarray(flat), np.cumsum([int(np.prod(shape)) for shape in SHAPES])[:-1])
-    return {
-        name: torch.tensor(piece.reshape(shape), dtype=dtype)
-        for name, piece, shape in zip(NAMES, pieces, SHAPES, strict=True)
-    }
-
-
-def flat(group):
-    return np.concatenate([group[name].double().numpy().reshape(-1) for name in NAMES])
-
-
-def same_bits(group, other):
-    return Message({"x": group}) == Message({"x": other})
 
 
 def random_models(num_models, dtype=torch.float64, seed=0):
@@ -84,7 +68,7 @@ class Run:
         return Message(groups)
 
     def local_steps(self, k, round, start):
-        w = flat(start)
+        w = numbers(start)
         for i in range(STEPS):
             w = w - ETA * PROBLEM.client_gradient(k, w, round, i)
         return tensors(w, start[NAMES[0]].dtype)
@@ -126,16 +110,16 @@ class Run:
 @pytest.mark.parametrize("pull", [0.0, 0.1, 0.7, 1.0])
 def test_soft_pull_equals_its_twin(num_sites, pull):
     ends = random_models(num_sites)
-    expected = twin.soft_pull({site: flat(end) for site, end in ends.items()}, pull)
+    expected = twin.soft_pull({site: numbers(end) for site, end in ends.items()}, pull)
     for site, pulled in soft_pull(ends, pull).items():
-        np.testing.assert_allclose(flat(pulled), expected[site], rtol=0, atol=1e-15)
+        np.testing.assert_allclose(numbers(pulled), expected[site], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("num_sites, rho", [(3, 0.55), (6, 0.64)])
 def test_soft_pull_keeps_the_mean_and_shrinks_deviations_by_rho(num_sites, rho):
     ends = random_models(num_sites)
     pulled = soft_pull(ends, 0.7)
-    before, after = (np.stack([flat(models[site]) for site in ends]) for models in (ends, pulled))
+    before, after = (np.stack([numbers(models[site]) for site in ends]) for models in (ends, pulled))
     np.testing.assert_allclose(after.mean(0), before.mean(0), rtol=0, atol=1e-15)
     np.testing.assert_allclose(after - after.mean(0), rho * (before - before.mean(0)), rtol=0, atol=1e-15)
 
@@ -151,7 +135,7 @@ def test_soft_pull_of_one_over_k_is_the_plain_mean():
     ends = random_models(4)
     mean = weighted_mean(ends.values(), [0.25] * 4)
     for pulled in soft_pull(ends, 0.25).values():
-        np.testing.assert_allclose(flat(pulled), flat(mean), rtol=0, atol=1e-15)
+        np.testing.assert_allclose(numbers(pulled), numbers(mean), rtol=0, atol=1e-15)
 
 
 def test_the_masked_form_is_the_plain_one():
@@ -159,13 +143,13 @@ def test_the_masked_form_is_the_plain_one():
     ends, scale = random_models(3), 2.0**40
     masks = np.random.default_rng(0).integers(0, 2**63, size=(2, 8), dtype=np.uint64)
     masks = [masks[0], masks[1], np.uint64(0) - masks[0] - masks[1]]
-    encoded = [np.round(flat(end) * scale).astype(np.int64).astype(np.uint64) for end in ends.values()]
+    encoded = [np.round(numbers(end) * scale).astype(np.int64).astype(np.uint64) for end in ends.values()]
     summed = sum(code + mask for code, mask in zip(encoded, masks, strict=True)).astype(np.int64) / scale
-    np.testing.assert_allclose(summed, flat(soft_pull_total(ends.values())), rtol=0, atol=1e-11)
-    plain = twin.soft_pull({site: flat(end) for site, end in ends.items()}, 0.7)
+    np.testing.assert_allclose(summed, numbers(soft_pull_total(ends.values())), rtol=0, atol=1e-11)
+    plain = twin.soft_pull({site: numbers(end) for site, end in ends.items()}, 0.7)
     for site, end in ends.items():
         masked = soft_pull_from_total(end, tensors(summed), 0.7, 3)
-        np.testing.assert_allclose(flat(masked), plain[site], rtol=0, atol=1e-11)
+        np.testing.assert_allclose(numbers(masked), plain[site], rtol=0, atol=1e-11)
 
 
 def test_counts_of_batches_are_pulled_in_float64_and_rounded():
@@ -198,9 +182,9 @@ def test_fedsm_equals_its_twin(fraction):
     for w_g, personal, (W, m, v, s) in expected:
         run.round()
         groups = run.algorithm.groups
-        np.testing.assert_allclose(flat(groups["weights"]), w_g, **EXACT)
+        np.testing.assert_allclose(numbers(groups["weights"]), w_g, **EXACT)
         for k, site in enumerate(SITES_SORTED):
-            np.testing.assert_allclose(flat(run.personal(site)), personal[k], **EXACT)
+            np.testing.assert_allclose(numbers(run.personal(site)), personal[k], **EXACT)
         for name, value in (("selector", W), ("selector_m", m), ("selector_v", v)):
             np.testing.assert_allclose(groups[name]["weight"].numpy(), value, **EXACT)
         assert int(groups["selector_step"]["s"]) == s
@@ -241,10 +225,10 @@ def test_an_absent_site_keeps_its_model_and_the_mean_of_the_present_is_kept():
     metrics = run.round(drop=["b"])
     assert metrics["absent"] == ["b"]
     assert same_bits(run.personal("b"), before["b"])
-    ends = [flat(replies[site].groups["personal"]) for site in "acd"]
-    np.testing.assert_allclose(np.mean([flat(run.personal(site)) for site in "acd"], 0), np.mean(ends, 0), **EXACT)
+    ends = [numbers(replies[site].groups["personal"]) for site in "acd"]
+    np.testing.assert_allclose(np.mean([numbers(run.personal(site)) for site in "acd"], 0), np.mean(ends, 0), **EXACT)
     b = 0.3 / 2
-    np.testing.assert_allclose(flat(run.personal("a")), 0.7 * ends[0] + b * (ends[1] + ends[2]), **EXACT)
+    np.testing.assert_allclose(numbers(run.personal("a")), 0.7 * ends[0] + b * (ends[1] + ends[2]), **EXACT)
 
 
 def test_a_site_that_answers_alone_is_not_pulled():
@@ -612,8 +596,8 @@ def test_a_new_site_joins_a_training():
     joined = Run()
     joined.algorithm = FedSM()
     joined.algorithm.load_state_dict(state)
-    expected = sum(share * flat(run.personal(site)) for site, share in shares.items())
-    np.testing.assert_allclose(flat(joined.personal("c")), expected, **EXACT)
+    expected = sum(share * numbers(run.personal(site)) for site, share in shares.items())
+    np.testing.assert_allclose(numbers(joined.personal("c")), expected, **EXACT)
     for name in ("selector", *MOMENTS):
         rows, before = joined.algorithm.groups[name]["weight"], old["groups"][name]["weight"]
         assert torch.equal(rows[[0, 1, 3]], before) and (rows[2] == 0).all()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.pipeline.partition import balance, even, layer_costs, merged_state_dict, num_layers, split
 from hf_mlopt.pipeline.self_test import self_test
-from hf_mlopt.pipeline.tied import add_to_owner, gradient_of_copy, owner_weight, refresh_copy, tied_pairs
+from hf_mlopt.pipeline.tied import add_to_owner, gradient_of_copy, owner_weight, refresh_copy
 
 
 def test_blocks_share_the_parameters_of_the_model_and_hold_no_others():
@@ -206,8 +206,8 @@ def _only_input_ids(self, input_ids=None, inputs_embeds=None, **kwargs):
 def test_training_with_owner_and_copy_at_no_lag_is_training_the_tied_model(family):
     whole = make_model(*TIED[family])
     blocks = split(copy.deepcopy(whole), [0, 1, 4])
-    ((copied, owned),) = tied_pairs(blocks).items()
-    assert blocks[0].tied == blocks[1].tied == (copied, owned)
+    copied, owned = blocks[0].tied
+    assert blocks[1].tied == (copied, owned)
     assert blocks[0].get_parameter(copied) is not blocks[1].get_parameter(owned)
     optimizers = [torch.optim.SGD(block.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for block in blocks]
     reference = torch.optim.SGD(whole.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -252,7 +252,7 @@ def test_the_pieces_of_a_tied_weight():
 def test_an_untied_embedding_is_saved_as_such(tmp_path):
     model = make_model(*TIED["gpt2"])
     blocks = split(model, [0, 2, 4], tied="untie")
-    assert tied_pairs(blocks) == {}
+    assert [block.tied for block in blocks] == [None, None]
     with torch.no_grad():
         blocks[0].get_parameter("transformer.wte.weight").add_(1.0)
     merged = merged_state_dict([block.state_dict() for block in blocks])
@@ -266,7 +266,7 @@ def test_an_untied_embedding_is_saved_as_such(tmp_path):
 
 def test_a_tied_model_in_one_block_stays_tied():
     (block,) = split(make_model(*TIED["llama"]), [0, 4])
-    assert block.tied is None and tied_pairs([block]) == {}
+    assert block.tied is None
     assert block.get_parameter("lm_head.weight") is block.get_parameter("model.embed_tokens.weight")
 
 

@@ -1,4 +1,4 @@
-"""Segmentation: the data of sites with their errors, Dice and the loss, and models that learn discs."""
+"""Segmentation: the data of sites with their errors, the loss, and models that learn discs."""
 
 import numpy as np
 import pytest
@@ -7,16 +7,8 @@ from PIL import Image
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.federated.segmentation_data import disc_site, disc_sites, sites_from_folders, sites_from_npz
-from hf_mlopt.federated.segmentation_models import SegmentationModel, dice_bce_loss, dice_per_case
-
-
-def test_dice_of_a_case():
-    logits = torch.tensor([[[1.0, 1.0], [-1.0, 0.0]], [[-1.0, -1.0], [-1.0, -1.0]], [[1.0, -1.0], [-1.0, -1.0]]])[
-        :, None
-    ]
-    masks = torch.tensor([[[1, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]])[:, None]
-    dice = dice_per_case(logits, masks)  # |P| = 2 as 0 is not above 0; two empty ones are alike
-    torch.testing.assert_close(dice, torch.tensor([0.5, 1.0, 0.0]).double(), rtol=0, atol=2e-6)
+from hf_mlopt.federated.segmentation_models import SegmentationModel, dice_bce_loss
+from hf_mlopt.workflows.segmentation_metrics import mean_overlap, predicted_masks
 
 
 def test_the_loss_equals_its_formula():
@@ -32,15 +24,6 @@ def test_the_loss_equals_its_formula():
         dice_bce_loss(logits, masks[:, :, :2])
 
 
-def test_dice_equals_monais():
-    metrics = pytest.importorskip("monai.metrics", reason="MONAI, of the extra `medical`, is not installed")
-    logits = torch.randn(5, 1, 8, 8, generator=torch.manual_seed(0))
-    masks = (torch.rand(5, 1, 8, 8, generator=torch.manual_seed(1)) > 0.7).float()
-    logits[4], masks[4] = -1, 0
-    theirs = metrics.DiceMetric(ignore_empty=False)(y_pred=(logits > 0).float(), y=masks)[:, 0]
-    torch.testing.assert_close(dice_per_case(logits, masks).float(), theirs, rtol=0, atol=1e-6)
-
-
 def learns(name, **options):
     torch.manual_seed(0)
     model = SegmentationModel(name, **options)
@@ -52,7 +35,8 @@ def learns(name, **options):
         model(images, masks)["loss"].backward()
         optimizer.step()
     with torch.no_grad():
-        return float(dice_per_case(model.eval()(images)["logits"], masks).mean())
+        found = predicted_masks(model.eval()(images)["logits"], masks)
+    return mean_overlap(found.numpy(), masks.numpy())["dice"]
 
 
 def test_segformer_learns_discs():

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from accelerate.state import PartialState
-from command_line import hf_mlopt, succeed, weights
+from command_line import hf_mlopt, refused, succeed, weights
 from families import make_family, token_ids
 from huggingface_hub import ModelCard
 from processes import together
@@ -44,12 +44,6 @@ def work(tmp_path_factory):
 def words(work, output, *more, teacher=True):
     given = ("--teacher", work / "teacher") if teacher else ()
     return ("distill", work / "student", *given, "--output", output, "--dataset", work / "ids.jsonl", *SETTINGS, *more)
-
-
-def refused(*words):
-    outcome = hf_mlopt(*words)
-    assert outcome.status == 2 and "Traceback" not in outcome.err, outcome.out + outcome.err
-    return outcome.err
 
 
 def assert_zeros_stayed(student, output):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from command_line import hf_mlopt, succeed, weights
+from command_line import hf_mlopt, refused, succeed, weights
 from families import make_family, token_ids
 from pruned import prune
 from test_workflow_stream_kill import in_a_fork, points
@@ -71,12 +71,6 @@ def assert_same_weights(left, right):
     for name, value in left.items():
         assert value.dtype == right[name].dtype, name
         assert torch.equal(value.view(-1).view(torch.uint8), right[name].view(-1).view(torch.uint8)), name
-
-
-def refused(*words):
-    outcome = hf_mlopt(*words)
-    assert outcome.status == 2 and "Traceback" not in outcome.err, outcome.out + outcome.err
-    return outcome.err
 
 
 def assert_distilled(student, output):

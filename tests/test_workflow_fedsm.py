@@ -274,6 +274,7 @@ def test_auto_fedrl_leaves_its_trace_and_a_picture(tmp_path):
     assert [(row["round"], row["site"]) for row in found["trace"]] == [
         (r, f"site_{k}") for r in range(2) for k in range(3)
     ]
+    assert {"global", "personal"} <= set(found["segmentation"]["mean"])  # what is tuned is still FedSM
     assert found["auto_fedrl"] == search and all(row["learning_rate"] for row in found["trace"])
     assert Image.open(tmp_path / "output" / "auto_fedrl.png").size[0] == 1200
 

@@ -1,4 +1,4 @@
-"""Models of binary segmentation by name, their loss, and Dice."""
+"""Models of binary segmentation by name, and their loss."""
 
 import math
 from functools import partial
@@ -14,22 +14,6 @@ from hf_mlopt.errors import ConfigurationError, InputError
 EPS = 1e-6  # on both sides of the fraction, so that an empty prediction of an empty mask has Dice 1
 
 
-def dice_per_case(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """
-    `(2 |P ∩ M| + ε) / (|P| + |M| + ε)` with P where the logit is above 0.
-
-    Args:
-        logits (`torch.Tensor`): `[B, 1, ...]`, an image or a volume a case.
-        masks (`torch.Tensor`): 0 or 1, of the same shape.
-
-    Returns:
-        `torch.Tensor`: `[B]`, float64, in [0, 1].
-    """
-    _require_same_shape(logits, masks)
-    predicted, true = (logits > 0).flatten(1).double(), masks.flatten(1).double()
-    return (2 * (predicted * true).sum(1) + EPS) / (predicted.sum(1) + true.sum(1) + EPS)
-
-
 def dice_bce_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """
     1 less the soft Dice of sigmoid(logits), mean over cases, plus the binary cross entropy, mean over pixels (nats).
@@ -38,7 +22,8 @@ def dice_bce_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         logits (`torch.Tensor`): `[B, 1, ...]`.
         masks (`torch.Tensor`): 0 or 1, of the same shape.
     """
-    _require_same_shape(logits, masks)
+    if logits.shape != masks.shape:
+        raise InputError(f"masks: shape {list(masks.shape)}; the logits have {list(logits.shape)}")
     masks = masks.to(logits.dtype)
     predicted, true = torch.sigmoid(logits).flatten(1), masks.flatten(1)
     dice = (2 * (predicted * true).sum(1) + EPS) / (predicted.sum(1) + true.sum(1) + EPS)
@@ -145,8 +130,3 @@ def _segformer(num_channels: int, width: int) -> nn.Module:
 
 
 _NETWORKS = {"unet": partial(_UNet, 2), "unet3d": partial(_UNet, 3), "segformer": _segformer}
-
-
-def _require_same_shape(logits: torch.Tensor, masks: torch.Tensor) -> None:
-    if logits.shape != masks.shape:
-        raise InputError(f"masks: shape {list(masks.shape)}; the logits have {list(logits.shape)}")

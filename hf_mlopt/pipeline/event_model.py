@@ -6,7 +6,6 @@ A stage does its operations in a fixed order. F waits for the features and B for
 for nothing. The times of computation are given; nothing else costs any.
 """
 
-import random
 from collections.abc import Callable
 
 from hf_mlopt.errors import ConfigurationError
@@ -58,12 +57,6 @@ def time_per_batch(
         orders = [_stale(m, num_batches, repeats=m > 0 and recompute is not None) for m in schedule.m]
     slow = slowdown or (lambda stage, kind, batch: 1.0)
     return _makespan(orders, lambda k, kind, n: seconds[kind][k] * slow(k, kind, n), latency, schedule) / num_batches
-
-
-def random_slowdown(probability: float, factor: float, seed: int = 0) -> Slowdown:
-    """Each operation takes `factor` times as long with a probability: transient stragglers."""
-    generator = random.Random(seed)
-    return lambda stage, kind, batch: factor if generator.random() < probability else 1.0
 
 
 def memory(

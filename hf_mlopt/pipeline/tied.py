@@ -62,11 +62,6 @@ def embedding_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | 
     return None, None
 
 
-def tied_pairs(blocks: list[nn.Module]) -> dict[str, str]:
-    """Name of the copy in the first block to the name of its owner in the last; empty where nothing is tied."""
-    return dict([blocks[0].tied]) if blocks[0].tied else {}
-
-
 def gradient_of_copy(block: nn.Module) -> torch.Tensor:
     """
     Takes the copy's gradient from the first block, whose optimizer then has none to use.

@@ -62,38 +62,6 @@ def gram_recovery(view: GramView) -> np.ndarray:
     return (gram + gram.T) / 2
 
 
-def hidden_rank(matrix: np.ndarray, tolerance: float = 1e-6) -> int:
-    """
-    How many features the other parties have together: the rank of their partial scores or of their Gram matrix.
-
-    Args:
-        matrix (`np.ndarray`): Of any shape.
-        tolerance (`float`, *optional*, defaults to 1e-6): Singular values below this share of the largest are noise.
-    """
-    values = np.linalg.svd(matrix, compute_uv=False)
-    return int((values > tolerance * values[0]).sum()) if len(values) and values[0] > 0 else 0
-
-
-def features_from_gram(
-    gram: np.ndarray, num_hidden: int, known_rows: np.ndarray, known_features: np.ndarray
-) -> np.ndarray:
-    """
-    Hidden features from their Gram matrix, whose rotation some known rows fix.
-
-    Args:
-        gram (`np.ndarray`): `[n, n]`.
-        num_hidden (`int`): d, such as from [`hidden_rank`].
-        known_rows (`np.ndarray`): `[m]`, rows whose hidden features leaked elsewhere: d in general position.
-        known_features (`np.ndarray`): `[m, d]`.
-
-    Returns:
-        `np.ndarray`: `[n, d]`.
-    """
-    values, vectors = np.linalg.eigh(gram)
-    coordinates = vectors[:, -num_hidden:] * np.sqrt(np.maximum(values[-num_hidden:], 0.0))
-    return _map_to_known(coordinates, known_rows, known_features)
-
-
 def features_from_low_rank(
     partial: np.ndarray, num_hidden: int, known_rows: np.ndarray, known_features: np.ndarray
 ) -> np.ndarray:
@@ -109,10 +77,16 @@ def features_from_low_rank(
 
     Returns:
         `np.ndarray`: `[n, d]`.
+
+    Raises:
+        InputError: If the known rows are not as many as their features.
     """
+    if len(known_rows) != len(known_features):
+        raise InputError(f"{len(known_rows)} known rows with {len(known_features)} rows of features")
     left, values, _ = np.linalg.svd(partial.T, full_matrices=False)
     rank = min(num_hidden, len(values))
-    return _map_to_known(left[:, :rank] * values[:rank], known_rows, known_features)
+    coordinates = left[:, :rank] * values[:rank]
+    return coordinates @ np.linalg.lstsq(coordinates[known_rows], known_features, rcond=None)[0]
 
 
 def labels_from_theta(theta: np.ndarray) -> np.ndarray:
@@ -169,10 +143,3 @@ def accumulated_theta(
         rows = slice(number * features.shape[1], (number + 1) * features.shape[1])
         system[rows, batch] = features[batch].T / len(batch)
     return np.linalg.lstsq(system, np.concatenate(gradients), rcond=None)[0]
-
-
-def _map_to_known(coordinates: np.ndarray, known_rows: np.ndarray, known_features: np.ndarray) -> np.ndarray:
-    """The linear map that takes the known rows' coordinates to their features, applied to all rows."""
-    if len(known_rows) != len(known_features):
-        raise InputError(f"{len(known_rows)} known rows with {len(known_features)} rows of features")
-    return coordinates @ np.linalg.lstsq(coordinates[known_rows], known_features, rcond=None)[0]

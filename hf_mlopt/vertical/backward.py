@@ -16,7 +16,6 @@ independent of the randomness that the owner chose.
 import math
 import os
 import secrets
-from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse
@@ -167,66 +166,26 @@ class PaillierParty:
         return np.array(sums)
 
 
-@dataclass
-class GaussianAccountant:
+def noise_for(epsilon: float, delta: float, releases: int, sensitivity: float) -> float:
     r"""
-    Privacy of the labels under repeated Gaussian noise, exact by Gaussian differential privacy
-    ([1905.02383](https://huggingface.co/papers/1905.02383)): T releases of a value of sensitivity \Delta with noise
-    \sigma are \mu-GDP with \mu = \sqrt{T} \Delta / \sigma, and \delta(\epsilon) = \Phi(-\epsilon/\mu + \mu/2) -
+    The least noise \sigma with which the labels stay private within (\epsilon, \delta), exact by Gaussian differential
+    privacy ([1905.02383](https://huggingface.co/papers/1905.02383)): T releases of a value of sensitivity \Delta are
+    \mu-GDP with \mu = \sqrt{T} \Delta / \sigma, and \delta(\epsilon) = \Phi(-\epsilon/\mu + \mu/2) -
     e^\epsilon \Phi(-\epsilon/\mu - \mu/2).
 
     A row's label enters one release an epoch. The same noisy derivatives go to all parties; noise drawn for each of
     them would be one release each.
 
     Args:
-        noise (`float`): \sigma, standard deviation.
-        sensitivity (`float`): \Delta, the largest change of a row's derivatives when its label changes (L2 norm).
-        delta (`float`): Probability left out of the bound, below 1 / n.
-    """
-
-    noise: float
-    sensitivity: float
-    delta: float
-    releases: int = field(default=0, init=False)
-
-    def __post_init__(self):
-        for name in ("noise", "sensitivity"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigurationError(name, value, "must be a positive number")
-        if not isinstance(self.delta, float) or not 0 < self.delta < 1:
-            raise ConfigurationError("delta", self.delta, "must lie between 0 and 1, below one over the rows")
-
-    def step(self, releases: int = 1):
-        """Counts releases of one row's derivatives, such as one an epoch."""
-        self.releases += releases
-
-    @property
-    def epsilon(self) -> float:
-        r"""\epsilon of all releases so far, for a label's change."""
-        mu = math.sqrt(self.releases) * self.sensitivity / self.noise
-        if mu == 0 or _delta_of(0.0, mu) <= self.delta:
-            return 0.0
-        low, high = 0.0, 1.0
-        while _delta_of(high, mu) > self.delta:
-            low, high = high, 2 * high
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _delta_of(middle, mu) > self.delta else (low, middle)
-        return high
-
-
-def noise_for(epsilon: float, delta: float, releases: int, sensitivity: float) -> float:
-    r"""
-    The least noise with which `releases` releases stay within (\epsilon, \delta).
-
-    Args:
-        epsilon (`float`), delta (`float`): The bound.
-        releases (`int`): Such as the number of epochs.
-        sensitivity (`float`): See [`sensitivity_of`].
+        epsilon (`float`), delta (`float`): The bound; delta below 1 / n.
+        releases (`int`): T, of one row's derivatives, such as the number of epochs.
+        sensitivity (`float`): \Delta, see [`sensitivity_of`].
 
     Returns:
         `float`: Standard deviation.
+
+    Raises:
+        ConfigurationError: If epsilon or delta is out of range.
     """
     if not 0 < epsilon < math.inf:
         raise ConfigurationError("epsilon", epsilon, "must be a positive number")

@@ -1,5 +1,5 @@
 """
-One party's columns: from CSV, Parquet, LIBSVM or a `datasets.Dataset` to ids, features and perhaps a label.
+One party's columns: from CSV, Parquet or LIBSVM to ids, features and perhaps a label.
 
 Encoding is local: categories, means and scales are learnt from the party's own training rows and told to no one.
 """
@@ -92,11 +92,6 @@ def read_table(path: str | os.PathLike) -> pa.Table:
         return readers[path.suffix](path)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def table_of(dataset) -> pa.Table:
-    """The table of a `datasets.Dataset`, with its selections and shuffles applied."""
-    return dataset.with_format("arrow")[:]
 
 
 class ColumnEncoder:
@@ -292,23 +287,6 @@ def sign_labels(label: np.ndarray) -> np.ndarray:
             f"the label has {len(values)} values, such as {values[:4].tolist()}: two classes are expected"
         )
     return np.where(label == values[1], 1.0, -1.0)
-
-
-def check_label_parties(has_label: dict[str, bool], label_party: str):
-    """
-    Args:
-        has_label (`dict[str, bool]`): Party to whether its data has a label column.
-        label_party (`str`): Who owns the label.
-
-    Raises:
-        ConfigurationError: If the label party is unknown or has no label.
-    """
-    if label_party not in has_label:
-        raise ConfigurationError("label_party", label_party, f"must be one of {list(has_label)}")
-    if not has_label[label_party]:
-        others = [party for party, has in has_label.items() if has]
-        remedy = f"has no label column; name its label_column, or take one of {others} as label party"
-        raise ConfigurationError("label_party", label_party, remedy)
 
 
 def _read_csv(path: Path) -> pa.Table:

@@ -99,7 +99,7 @@ def save_super_model(super_model: SuperModel | None, output: Path, results: Mapp
 
 def predictors(trainer: "FederatedTrainer", site: str) -> dict[str, Predict]:
     """The models that a site has after a round: `global`, and `personal` where the algorithm makes one."""
-    algorithm = getattr(trainer.algorithm, "inner", trainer.algorithm)
+    algorithm = trainer.algorithm.tuned
     messages = trainer.algorithm.evaluation()
     message = messages.get(site) or next(iter(messages.values()))  # a part of the pooled site has the common model
     if site not in messages:
@@ -120,7 +120,7 @@ def predictors(trainer: "FederatedTrainer", site: str) -> dict[str, Predict]:
 
 def super_model_of(trainer: "FederatedTrainer") -> SuperModel | None:
     """The super model of the sites that release their personal models, if there is one."""
-    algorithm = getattr(trainer.algorithm, "inner", trainer.algorithm)
+    algorithm = trainer.algorithm.tuned
     if not isinstance(algorithm, FedSM) or algorithm.selector.name == "none":
         return None
     if not trainer.released:

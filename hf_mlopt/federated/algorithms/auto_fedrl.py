@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms.averaging import cast_like
+from hf_mlopt.federated.algorithms.layout import clones
 from hf_mlopt.federated.algorithms.message import Message, Scalar
 from hf_mlopt.federated.algorithms.policy_learner import PolicyLearner
 from hf_mlopt.federated.algorithms.reinforce import Action, mean_losses
@@ -82,6 +83,7 @@ class AutoFedRL:
         self.trace: list[dict[str, Any]] = []  # a row a round and site: what held there, and its loss and reward
         self._before: Groups = {}  # with a guard, model and policy as they were before the last round
 
+    tuned = property(lambda self: self.inner)
     sites = property(lambda self: self.inner.sites)
     seed = property(lambda self: self.inner.seed)
     round = property(lambda self: self.inner.round)
@@ -148,7 +150,7 @@ class AutoFedRL:
         kept = {f"{_OWN}{name}": group for name, group in self.learner.tensors.items()}
         kept |= {f"{_OWN}before/{name}": group for name, group in self._before.items()}
         # Empty groups are left out: storage may drop them, and a state must come back as it was.
-        copies = {name: {key: t.clone() for key, t in group.items()} for name, group in kept.items() if group}
+        copies = {name: clones(group) for name, group in kept.items() if group}
         return {
             **state,
             "algorithm": self.name,
@@ -176,9 +178,7 @@ class AutoFedRL:
         own = {name: group for name, group in state["groups"].items() if name.startswith(_OWN)}
         inner = {name: group for name, group in state["groups"].items() if name not in own}
         self.inner.load_state_dict({**state, "algorithm": state["inner"], "groups": inner})
-        tensors = {
-            name.removeprefix(_OWN): {key: t.clone() for key, t in group.items()} for name, group in own.items()
-        }
+        tensors = {name.removeprefix(_OWN): clones(group) for name, group in own.items()}
         learned = {name: group for name, group in tensors.items() if not name.startswith("before/")}
         self._before = {n.removeprefix("before/"): group for n, group in tensors.items() if n not in learned}
         actions = [Action(**action) for action in state["actions"]]

@@ -7,6 +7,7 @@ import torch
 
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms.fedsm import PERSONAL, FedSMBase
+from hf_mlopt.federated.algorithms.layout import clones
 from hf_mlopt.federated.algorithms.message import Group, Message, Scalar
 from hf_mlopt.federated.algorithms.server import Groups
 
@@ -48,9 +49,7 @@ class MaskedFedSM(FedSMBase):
         """As [`ServerAlgorithm.state_dict`], with the means that are still needed."""
         state = super().state_dict()
         means = {
-            f"{kind}/{round}": {name: tensor.clone() for name, tensor in group.items()}
-            for round, mean in self._means.items()
-            for kind, group in mean.items()
+            f"{kind}/{round}": clones(group) for round, mean in self._means.items() for kind, group in mean.items()
         }
         return {**state, "groups": {**state["groups"], **means}}
 
@@ -67,7 +66,7 @@ class MaskedFedSM(FedSMBase):
         for group, tensors in state["groups"].items():
             kind, _, round = group.partition("/")
             if round:
-                means.setdefault(int(round), {})[kind] = {name: tensor.clone() for name, tensor in tensors.items()}
+                means.setdefault(int(round), {})[kind] = clones(tensors)
             else:
                 rest[group] = tensors
         needed = {state["last_rounds"].get(site, -1) for site in state["sites"]}

@@ -7,6 +7,7 @@ import torch
 from hf_mlopt.errors import InputError
 from hf_mlopt.federated.algorithms.averaging import cast_like, weighted_mean, wide_zeros
 from hf_mlopt.federated.algorithms.image_features import empty_statistics
+from hf_mlopt.federated.algorithms.layout import clones
 from hf_mlopt.federated.algorithms.message import Group, Message, Scalar
 from hf_mlopt.federated.algorithms.server import Groups, require
 
@@ -78,7 +79,7 @@ class LearnedSelector(NoSelector):
         if not start or not all(weight.is_floating_point() for weight in start.values()):
             raise InputError("init: the learned selector needs a group 'selector' of floating-point weights")
         return {
-            "selector": {name: weight.detach().clone() for name, weight in start.items()},
+            "selector": clones(start),
             "selector_m": wide_zeros(start),
             "selector_v": wide_zeros(start),
             "selector_step": {"s": torch.zeros((), dtype=torch.int64)},

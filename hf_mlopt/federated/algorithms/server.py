@@ -7,6 +7,7 @@ import torch
 
 from hf_mlopt.errors import ConfigurationError, InputError
 from hf_mlopt.federated.algorithms.averaging import cast_like, sample_shares, select_sites, site_seed, weighted_mean
+from hf_mlopt.federated.algorithms.layout import clones, difference, kinds, shapes
 from hf_mlopt.federated.algorithms.message import Group, Message, Scalar
 from hf_mlopt.federated.algorithms.replies import check_reply
 
@@ -60,6 +61,11 @@ class ServerAlgorithm:
         self.last_rounds: dict[str, int] = {}  # per site the round of its last reply that was used
         self.groups: Groups = {}
 
+    @property
+    def tuned(self) -> "ServerAlgorithm":
+        """The algorithm that trains: itself, or within [`AutoFedRL`] the one whose hyper-parameters are tuned."""
+        return self
+
     @classmethod
     def options_for(cls, model: torch.nn.Module, args: Any) -> dict[str, Any]:
         """
@@ -90,7 +96,7 @@ class ServerAlgorithm:
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise InputError(f"init: {name!r} of group {group!r} is not finite")
         self.seed, self.round, self.last_rounds = seed, 0, {}
-        self.groups = self._layout({group: _clones(tensors) for group, tensors in init.groups.items()})
+        self.groups = self._layout({group: clones(tensors) for group, tensors in init.groups.items()})
 
     def configure(self, round: int) -> dict[str, Message]:
         """
@@ -174,7 +180,7 @@ class ServerAlgorithm:
         selected = self._selected()
         if len(sites) < self.min_sites:
             raise RuntimeError(f"round {round}: {len(sites)} usable replies, {self.min_sites} are needed")
-        if _layout_of(mean.groups) != _layout_of(self.template(self.sites[0]).groups):
+        if shapes(mean.groups) != shapes(self.template(self.sites[0]).groups):
             raise RuntimeError(f"round {round}: the mean does not look like a reply: {list(mean.groups)}")
         after = self._step({"mean": mean}, {"mean": 1.0})
         absent = [site for site in selected if site not in sites]
@@ -208,7 +214,7 @@ class ServerAlgorithm:
             "seed": self.seed,
             "round": self.round,
             "last_rounds": dict(self.last_rounds),
-            "groups": {group: _clones(tensors) for group, tensors in self.groups.items()},
+            "groups": {group: clones(tensors) for group, tensors in self.groups.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,11 +229,11 @@ class ServerAlgorithm:
         sites = self._roster(state["sites"])
         if self.sites and sites != self.sites:
             raise InputError(f"the state is that of sites {sites}, not of {self.sites}; give the same roster")
-        groups = {group: _clones(tensors) for group, tensors in state["groups"].items()}
+        groups = {group: clones(tensors) for group, tensors in state["groups"].items()}
         basis = {group: tensors for group, tensors in groups.items() if group in ("weights", "buffers")}
         for expected in (self._layout(basis), self.groups):
-            if expected and _shapes(groups) != _shapes(expected):
-                raise InputError(f"the state does not fit {self.name} for this model: {_difference(groups, expected)}")
+            if expected and kinds(groups) != kinds(expected):
+                raise InputError(f"the state does not fit {self.name} for this model: {difference(groups, expected)}")
         self.sites, self.groups = sites, groups
         self.seed, self.round, self.last_rounds = state["seed"], state["round"], dict(state["last_rounds"])
 
@@ -261,7 +267,7 @@ class ServerAlgorithm:
 
     def _replied(self) -> Mapping[str, Group]:
         """Groups that look like those of a reply."""
-        return {group: tensors for group, tensors in self.groups.items() if group in ("weights", "buffers")}
+        return self._evaluated()
 
     def _refusal(self, site: str, reply: Message) -> str | None:
         """A further reason not to use a reply."""
@@ -320,23 +326,3 @@ def require(field: str, value: object, is_good: object, allowed: str) -> None:
     """Raises a `ConfigurationError` unless `is_good`."""
     if not is_good:
         raise ConfigurationError(field, value, allowed)
-
-
-def _clones(tensors: Group) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _shapes(groups: Mapping[str, Group]) -> dict[str, dict[str, tuple]]:
-    return {group: {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} for group, tensors in groups.items()}
-
-
-def _layout_of(groups: Mapping[str, Group]) -> dict[str, dict[str, tuple]]:
-    return {group: {name: tuple(t.shape) for name, t in tensors.items()} for group, tensors in groups.items()}
-
-
-def _difference(groups: Mapping[str, Group], expected: Mapping[str, Group]) -> str:
-    found, wanted = (
-        {f"{group}/{name}": entry for group, entries in _shapes(some).items() for name, entry in entries.items()}
-        for some in (groups, expected)
-    )
-    return ", ".join(sorted(key for key in found | wanted if found.get(key) != wanted.get(key)))
