@@ -447,13 +447,15 @@ class RecordingProxy:
                     threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
 
     def _pump(self, source, sink):
-        with contextlib.suppress(OSError):
+        try:
             while data := source.recv(65536):
                 self.recorded.append(data)
                 sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+            sink.shutdown(socket.SHUT_WR)  # what is under way in the other direction still arrives
+        except OSError:
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     def close(self):
         self.server.close()
