@@ -71,10 +71,12 @@ def arguments(folder: str, **given) -> FederatedTrainingArguments:
 
 def overhead(results: Results, short: bool) -> None:
     """Seconds of a federated round in process, beside the same Trainers started by hand one after the other."""
-    for name, make_model, sites, steps in (
-        ("ResNet of 78 thousand parameters, 20 steps", digits_model, digits_sites(4), 20),
-        ("GPT-2 of 10 million parameters, 10 steps", language_model, language_sites(4), 10),
-    ):
+    rounds = (
+        ("ResNet of 78 thousand parameters, 20 steps", digits_model, digits_sites, 20),
+        ("GPT-2 of 10 million parameters, 10 steps", language_model, language_sites, 10),
+    )
+    for name, make_model, make_sites, steps in rounds[:1] if short else rounds:
+        sites = make_sites(4)
         ratios, base = [], []
         for _ in range(2 if short else PAIRS):
             base.append(_by_hand(make_model, sites, steps))
@@ -174,7 +176,8 @@ def scale(results: Results, short: bool) -> None:
     for num_sites in (10, 30) if short else (10, 30, 100):
         started = time.perf_counter()
         program = f"import federated_costs; print(federated_costs.peak_of({num_sites}))"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True)
         results.add(
             kind="scale",
             sites=num_sites,
