@@ -97,7 +97,7 @@ def run(task: str, method: str, rate: float, seed: int, short: bool, use_cpu: bo
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     num_rounds, local_steps, (partition, strength) = TASKS[task]
-    num_rounds = 4 if short else num_rounds
+    num_rounds = 2 if short else num_rounds
     train, validation, test = load(task, short)
     deal = label_sorted_shares if partition == "label-sorted" else dirichlet_shares
     shares = deal(train.labels, SITES, strength, 0)
@@ -176,7 +176,7 @@ def quality(results: Results, options) -> None:
 
     use_cpu = options.cpu or not torch.cuda.is_available()
     methods = ("FedAvg", "DOMO") if options.short else tuple(options.methods)
-    rates, seeds = (RATES[:2], SEEDS[:1]) if options.short else (RATES, SEEDS)
+    rates, seeds = (RATES[:1], SEEDS[:1]) if options.short else (RATES, SEEDS)
     until = None if options.seconds is None else time.time() + options.seconds
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
