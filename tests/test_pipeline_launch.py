@@ -31,7 +31,7 @@ model = LlamaForCausalLM(LlamaConfig(
 ))
 rows = [{"input_ids": row, "labels": row} for row in torch.randint(50, (4000, 8))]
 args = PipelineTrainingArguments(
-    sys.argv[1], pipeline="dsp", use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
+    sys.argv[1], pipeline="dsp", use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=20,
     save_strategy="no", max_steps=2000, gradient_accumulation_steps=2, pipeline_timeout=20,
 )
 trainer = PipelineTrainer(model, args, train_dataset=rows)
