@@ -1,7 +1,7 @@
 """
 Runs the commands of README.md, CONTRIBUTING.md and docs/*.md as a reader does who copies them, without a network.
 
-    python docs/run_commands.py                        # every page, an hour on 2 cores
+    python docs/run_commands.py                        # every page
     python docs/run_commands.py --pages docs/train.md  # one page
 
 A fence without a language holds commands, one a line; indented text does as well. Those of a page run one after the

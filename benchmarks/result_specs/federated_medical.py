@@ -28,7 +28,9 @@ def _tuned(metric: str, kind: str) -> Table:
         {
             metric.partition(" ")[0]: with_deviation("accuracy"),
             "behind the best fixed rate": with_deviation("regret"),
-            "rounds to 90 % of its figure on held-out rows": "rounds_to_target",
+            "rounds to 90 % of its figure on held-out rows": lambda row: [
+                "never" if rounds is None else rounds for rounds in row["rounds_to_target"]
+            ],
             "seeds": "seeds",
         },
     )
